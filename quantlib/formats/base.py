@@ -1,0 +1,238 @@
+"""Format: what the numbers of a quantized weight ARE. Numerics only: no device, no layout, no kernel.
+
+A format is a codec (how a code becomes a value), a block (which weights share a scale), a scale kind (how scales are stored)
+and a zero kind. The law that every kernel is measured against is `decode`, in fp32:
+
+    w = (value[code] - zero) * scale - minimum          each product and each difference rounded once to fp32
+
+Every algorithm is written against `fit`, `encode`, `decode` and nothing else, and so works for every format.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from quantlib.errors import FormatError, ShapeError
+from quantlib.formats import search as searching
+from quantlib.formats.block import Block
+from quantlib.formats.codecs import Codec, decode
+from quantlib.formats.effective import Effective
+from quantlib.formats.packing import granule, pack, packed_width, unpack
+from quantlib.formats.scales import Parts, PartSpec, Scale
+
+Zero = Literal["none", "integer", "minimum"]
+Search = Literal["absmax", "mse"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A quantized number format.
+
+    name        the canonical spec string; `get_format(name)` gives this object back
+    codec       Affine, Table or Minifloat
+    block       which weights share a scale
+    scale       how scales are stored
+    zero        "none"; "integer" (a uint8 zero point per block: part `zeros`); "minimum" (kept by the scale kind)
+    rule        "absmax", or "fullrange": the signed extreme of a block takes the code -2**(bits-1), so scales have a sign
+    divisors    further code-domain magnitudes that a block's absmax may be mapped to; the one with the least error is kept
+    reciprocal  encode multiplies by 1/scale instead of dividing (bitsandbytes' arithmetic; differs in the last bit)
+    """
+
+    name: str
+    codec: Codec
+    block: Block
+    scale: Scale
+    zero: Zero = "none"
+    rule: Literal["absmax", "fullrange"] = "absmax"
+    divisors: tuple[float, ...] = ()
+    reciprocal: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.zero == "minimum") != self.scale.has_minimum:
+            raise FormatError(f"format {self.name!r}: zero={self.zero!r} needs a scale kind that agrees about minima")
+        if self.block.rows != 1 and (self.scale.count > 1):
+            raise FormatError(f"format {self.name!r}: second-level scales need blocks of one row")
+
+    def __str__(self) -> str:
+        return self.name
+
+    # sizes
+
+    @property
+    def column_multiple(self) -> int:
+        """K is padded inside to a multiple of this: whole blocks, whole super-blocks, whole bytes."""
+        return math.lcm((self.block.cols or 1) * self.scale.count, granule(self.codec.bits))
+
+    def padded(self, k: int) -> int:
+        """The number of columns that a weight of k columns occupies in the rows layout."""
+        return -(-k // self.column_multiple) * self.column_multiple
+
+    def grid(self, n: int, k: int) -> tuple[int, int]:
+        """Blocks down and across a weight [n, k]."""
+        return self.block.grid(n, self.padded(k))
+
+    def specs(self, n: int, k: int) -> dict[str, PartSpec]:
+        """Name, shape and dtype of every part of a weight [n, k] in the rows layout, `codes` first."""
+        down, across = self.grid(n, k)
+        specs = {"codes": PartSpec((n, packed_width(self.padded(k), self.codec.bits)), torch.uint8)}
+        specs |= self.scale.specs(down, across)
+        if self.zero == "integer":
+            specs["zeros"] = PartSpec((down, across), torch.uint8)
+        return specs
+
+    def nbytes(self, n: int, k: int) -> int:
+        """Bytes of all parts of a weight [n, k], padding included."""
+        return sum(spec.nbytes for spec in self.specs(n, k).values())
+
+    def bits_per_weight(self, n: int, k: int) -> float:
+        """8 * nbytes / (n * k)."""
+        return 8 * self.nbytes(n, k) / (n * k) if n * k else 0.0
+
+    # fit
+
+    def fit_shared(self, weight: Tensor) -> Parts:
+        """What belongs to the whole tensor (NVFP4's global scale), from weight [n, k] of any float dtype.
+
+        Raises FormatError where the largest scale does not fit the scale dtype.
+        """
+        if weight.numel() == 0:
+            absmax = torch.zeros((), device=weight.device)
+        else:
+            low, high = torch.aminmax(weight)
+            absmax = torch.maximum(-low, high).to(torch.float32)
+        return self.scale.fit_shared(absmax, self.codec.divisor)
+
+    def fit(
+        self,
+        weight: Tensor,
+        importance: Tensor | None = None,
+        search: Search = "absmax",
+        shared: Parts | None = None,
+    ) -> Parts:
+        """Choose scales (and zeros, minima) for weight [n, k], float; k is padded with zeros to whole blocks.
+
+        importance: [k] or [n, k] >= 0, the weight of each squared error (for a linear layer: mean x^2 of each input).
+        search: "absmax" takes the format's own rule; "mse" tries scales around it and keeps the least (weighted) error.
+        shared: what `fit_shared` gave for the whole tensor, where `weight` is a slab of it.
+
+        Returns every part but `codes`, as stored.
+        """
+        if search not in ("absmax", "mse"):
+            raise FormatError(f"search={search!r} is unknown: expected 'absmax' or 'mse'")
+        shared = self.fit_shared(weight) if shared is None else shared
+        n, k = weight.shape
+        fits = [
+            self._fit_blocks(slab, None if importance is None else _rows_of(importance, start, stop), search, shared)
+            for start, stop, slab in self.slabs(weight)
+        ]
+        scale = torch.cat([fit.scale for fit in fits]) if fits else weight.new_zeros(self.grid(n, k), dtype=torch.float32)
+        zero = _cat([fit.zero for fit in fits]) if self.zero == "integer" else None
+        minimum = _cat([fit.minimum for fit in fits]) if self.zero == "minimum" else None
+        if not fits and self.zero != "none":
+            zero, minimum = (scale, None) if self.zero == "integer" else (None, scale)
+        parts = self.scale.store(scale, minimum, shared)
+        if zero is not None:
+            parts["zeros"] = zero.to(torch.uint8)
+        return parts
+
+    def slabs(self, weight: Tensor, elements: int = 1 << 21) -> list[tuple[int, int, Tensor]]:
+        """(start, stop, weight[start:stop]) over whole block rows, about `elements` weights each, to bound memory."""
+        n, k = weight.shape
+        step = max(n, 1)
+        if self.block.rows is not None:
+            step = max(self.block.rows, elements // max(k, 1) // self.block.rows * self.block.rows)
+        return [(start, min(start + step, n), weight[start : start + step]) for start in range(0, n, step)]
+
+    def _pad(self, weight: Tensor) -> Tensor:
+        k = weight.shape[1]
+        return weight if self.padded(k) == k else torch.nn.functional.pad(weight, (0, self.padded(k) - k))
+
+    def _fit_blocks(self, slab: Tensor, importance: Tensor | None, search: Search, shared: Parts) -> Effective:
+        padded = self._pad(slab)
+        blocks = self.block.split(padded.to(torch.float32))
+        if importance is not None:
+            weights = importance.to(device=slab.device, dtype=torch.float32).expand(slab.shape)
+            importance = self.block.split(self._pad(weights))
+        first = searching.initial(self, blocks, shared)
+        if self.divisors:
+            first = searching.best_divisor(self, blocks, importance if search == "mse" else None, shared, first)
+        return searching.refine(self, blocks, importance, shared, first) if search == "mse" else first
+
+    # encode, decode
+
+    def effective(self, parts: Parts) -> Effective:
+        """The fp32 scale, zero and minimum of every block, from the stored parts."""
+        scale, minimum = self.scale.load(parts)
+        zero = parts["zeros"].to(torch.float32) if self.zero == "integer" else None
+        return Effective(scale, zero, minimum)
+
+    def encode_blocks(self, blocks: Tensor, numbers: Effective) -> Tensor:
+        """blocks fp32 [R, G, B] -> codes uint8 [R, G, B]; a block whose scale is zero encodes zero."""
+        scale = numbers.scale[..., None]
+        if numbers.minimum is not None:
+            blocks = blocks + numbers.minimum[..., None]
+        nonzero = torch.where(scale == 0, torch.ones_like(scale), scale)
+        x = blocks * (1 / nonzero) if self.reciprocal else blocks / nonzero
+        if (scale == 0).any():
+            x = torch.where(scale == 0, torch.zeros_like(x), x)
+        return self.codec.encode(x if numbers.zero is None else x + numbers.zero[..., None])
+
+    def decode_blocks(self, codes: Tensor, numbers: Effective) -> Tensor:
+        """codes uint8 [R, G, B] -> fp32 [R, G, B]."""
+        values = decode(self.codec, codes)
+        if numbers.zero is not None:
+            values = values - numbers.zero[..., None]
+        values = values * numbers.scale[..., None]
+        return values if numbers.minimum is None else values - numbers.minimum[..., None]
+
+    def encode(self, weight: Tensor, parts: Parts) -> Tensor:
+        """weight [n, k], float -> packed `codes` uint8 of the rows layout, given the fitted parts."""
+        n, k = weight.shape
+        numbers = self.effective(parts)
+        packed = torch.empty(self.specs(n, k)["codes"].shape, dtype=torch.uint8, device=weight.device)
+        for start, stop, slab in self.slabs(weight):
+            padded = self._pad(slab).to(torch.float32)
+            codes = self.encode_blocks(self.block.split(padded), self._block_rows(numbers, start, stop))
+            packed[start:stop] = pack(self.block.merge(codes, *padded.shape), self.codec.bits)
+        return packed
+
+    def decode(self, parts: Parts, n: int, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """All parts of the rows layout -> weight [n, k]: the law, computed in fp32 and rounded once to `dtype`."""
+        numbers = self.effective(parts)
+        out = torch.empty(n, k, dtype=dtype, device=parts["codes"].device)
+        for start, stop, packed in self.slabs(parts["codes"]):
+            codes = unpack(packed, self.codec.bits, self.padded(k))
+            blocks = self.decode_blocks(self.block.split(codes), self._block_rows(numbers, start, stop))
+            out[start:stop] = self.block.merge(blocks, stop - start, k)
+        return out
+
+    def _block_rows(self, numbers: Effective, start: int, stop: int) -> Effective:
+        rows = self.block.rows
+        return numbers if rows is None else numbers.rows(start // rows, -(-stop // rows))
+
+    def check(self, parts: Parts, n: int, k: int, name: str = "weight") -> None:
+        """Raise ShapeError unless `parts` are exactly the parts of a weight [n, k] in the rows layout."""
+        specs = self.specs(n, k)
+        if set(parts) != set(specs):
+            raise ShapeError(f"{name}: {self.name} has the parts {sorted(specs)}, found {sorted(parts)}")
+        for part, spec in specs.items():
+            found = parts[part]
+            if tuple(found.shape) != spec.shape or found.dtype != spec.dtype:
+                raise ShapeError(
+                    f"{name}.{part}: {self.name} of [{n}, {k}] needs {spec.dtype} {list(spec.shape)}, "
+                    f"found {found.dtype} {list(found.shape)}"
+                )
+
+
+def _rows_of(importance: Tensor, start: int, stop: int) -> Tensor:
+    return importance if importance.dim() == 1 else importance[start:stop]
+
+
+def _cat(tensors: list[Tensor | None]) -> Tensor | None:
+    present = [t for t in tensors if t is not None]
+    return torch.cat(present) if present else None

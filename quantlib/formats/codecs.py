@@ -1,0 +1,192 @@
+"""Codecs: how a code of 1 to 8 bits becomes a number, and which code is nearest to a number.
+
+A codec knows neither scale nor block. Its `values` table, indexed by code, is the whole truth: kernels may compute
+the same values with bit tricks, but `decode` is what they are compared with.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """What every codec offers. `kind` is what kernels declare: "affine", "table" or "minifloat"."""
+
+    kind: ClassVar[str]
+
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def divisor(self) -> float:
+        """The code-domain magnitude that a block's absmax is mapped to by the absmax rule."""
+        ...
+
+    @property
+    def entries(self) -> tuple[float, ...]:
+        """The decoded value of every code, in code order; NaN where a code means none."""
+        ...
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The nearest code (uint8) of every element of x (fp32, already divided by the scale); saturates."""
+        ...
+
+
+@lru_cache(maxsize=64)
+def _table(entries: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(entries, dtype=torch.float32, device=device)
+
+
+def decode(codec: Codec, codes: Tensor) -> Tensor:
+    """codes (uint8, any shape) -> fp32 values of the same shape, before any scale."""
+    if isinstance(codec, Affine):
+        return codes.to(torch.float32).sub_(codec.offset)
+    if isinstance(codec, Minifloat) and codec.torch_dtype is not None:
+        return codes.view(codec.torch_dtype).to(torch.float32)
+    return _table(codec.entries, codes.device)[codes.to(torch.int32)]
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Integers: value = code - offset, where offset is 2**(bits-1) for a signed grid and 0 for an unsigned one."""
+
+    bits: int
+    signed: bool = True
+    kind: ClassVar[str] = "affine"
+
+    @property
+    def offset(self) -> int:
+        return 1 << (self.bits - 1) if self.signed else 0
+
+    @property
+    def divisor(self) -> float:
+        """Half the grid's length: absmax lands half a step outside its ends, which minimises the mean error."""
+        return ((1 << self.bits) - 1) / 2 if self.signed else float((1 << self.bits) - 1)
+
+    @property
+    def entries(self) -> tuple[float, ...]:
+        return tuple(float(code - self.offset) for code in range(1 << self.bits))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x.round().add_(self.offset).clamp_(0, (1 << self.bits) - 1).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A code book: value = entries[code]. The entries may stand in any order; their number is a power of two."""
+
+    entries: tuple[float, ...]
+    kind: ClassVar[str] = "table"
+
+    @property
+    def bits(self) -> int:
+        return (len(self.entries) - 1).bit_length()
+
+    @property
+    def divisor(self) -> float:
+        return max(abs(value) for value in self.entries)
+
+    def encode(self, x: Tensor) -> Tensor:
+        order, midpoints = _sorted_midpoints(self.entries)
+        rank = torch.bucketize(x, _table(midpoints, x.device), out_int32=True)
+        if order == tuple(range(len(order))):
+            return rank.to(torch.uint8)
+        return torch.tensor(order, dtype=torch.uint8, device=x.device)[rank]
+
+
+@lru_cache(maxsize=64)
+def _sorted_midpoints(entries: tuple[float, ...]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The codes in order of value, and the fp32 midpoints between neighbours (a tie takes the lower value)."""
+    values = torch.tensor(entries, dtype=torch.float32)
+    order = torch.argsort(values, stable=True)
+    ranked = values[order]
+    return tuple(order.tolist()), tuple(((ranked[:-1] + ranked[1:]) / 2).tolist())
+
+
+@dataclass(frozen=True)
+class Minifloat:
+    """A small IEEE-like float: sign, `exponent_bits`, `mantissa_bits`, subnormals, no infinity.
+
+    E2M1 (OCP MX v1.0), E4M3 (`float8_e4m3fn`, max 448) and E5M2 (`float8_e5m2`, max 57344). Rounds to nearest, ties to
+    the even code, saturating; the sign of a number that rounds to zero is kept, so code 8 of E2M1 is -0.
+    """
+
+    exponent_bits: int
+    mantissa_bits: int
+    kind: ClassVar[str] = "minifloat"
+
+    @property
+    def bits(self) -> int:
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def name(self) -> str:
+        return f"e{self.exponent_bits}m{self.mantissa_bits}"
+
+    @property
+    def bias(self) -> int:
+        return (1 << (self.exponent_bits - 1)) - 1
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """torch's own dtype of these bits, where it has one."""
+        return {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}.get(self.name)
+
+    @property
+    def divisor(self) -> float:
+        return max(value for value in self.entries if not math.isnan(value))
+
+    @property
+    def entries(self) -> tuple[float, ...]:
+        half = _minifloat_magnitudes(self.exponent_bits, self.mantissa_bits)
+        return half + tuple(-value for value in half)
+
+    def encode(self, x: Tensor) -> Tensor:
+        if self.torch_dtype is not None:
+            limit = self.divisor
+            return x.clamp(-limit, limit).to(self.torch_dtype).view(torch.uint8)
+        bounds = _even_tie_bounds(self.exponent_bits, self.mantissa_bits)
+        magnitude = torch.bucketize(x.abs(), _table(bounds, x.device), out_int32=True).to(torch.uint8)
+        return magnitude | ((x < 0).to(torch.uint8) << (self.bits - 1))
+
+
+@lru_cache(maxsize=16)
+def _minifloat_magnitudes(exponent_bits: int, mantissa_bits: int) -> tuple[float, ...]:
+    """The values of the codes whose sign bit is 0. In 8 bits the top codes are no numbers (E4M3: one, E5M2: four)."""
+    bias = (1 << (exponent_bits - 1)) - 1
+    steps = 1 << mantissa_bits
+    values = []
+    for code in range(1 << (exponent_bits + mantissa_bits)):
+        exponent, mantissa = divmod(code, steps)
+        if exponent == 0:
+            values.append(math.ldexp(mantissa / steps, 1 - bias))
+        else:
+            values.append(math.ldexp(1 + mantissa / steps, exponent - bias))
+    if (exponent_bits, mantissa_bits) == (4, 3):
+        values[-1:] = [math.nan]
+    elif (exponent_bits, mantissa_bits) == (5, 2):
+        values[-4:] = [math.inf, math.nan, math.nan, math.nan]
+    return tuple(math.nan if math.isinf(value) else value for value in values)
+
+
+@lru_cache(maxsize=16)
+def _even_tie_bounds(exponent_bits: int, mantissa_bits: int) -> tuple[float, ...]:
+    """Bounds b for bucketize (which takes the lower code at x == b) that make a tie go to the even code:
+    the midpoint itself where the lower code is even, the next float below it where the lower code is odd."""
+    values = torch.tensor(_minifloat_magnitudes(exponent_bits, mantissa_bits), dtype=torch.float32)
+    middle = (values[:-1] + values[1:]) / 2
+    below = torch.nextafter(middle, torch.zeros_like(middle))
+    odd = torch.arange(len(middle)) % 2 == 1
+    return tuple(torch.where(odd, below, middle).tolist())
+
+
+E2M1 = Minifloat(2, 1)
+E4M3 = Minifloat(4, 3)
+E5M2 = Minifloat(5, 2)

@@ -1,0 +1,30 @@
+"""The fp32 numbers that encoding and decoding use, one per block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Effective:
+    """fp32 [R, G]: scale and, where the format has them, zero (an integer) and minimum: w = (value - zero) * scale - minimum."""
+
+    scale: Tensor
+    zero: Tensor | None = None
+    minimum: Tensor | None = None
+
+    def rows(self, start: int, stop: int) -> Effective:
+        """The blocks of block rows start..stop."""
+        return Effective(*(None if t is None else t[start:stop] for t in (self.scale, self.zero, self.minimum)))
+
+    def where(self, better: Tensor, other: Effective) -> Effective:
+        """`other`'s numbers where `better` [R, G], else one's own."""
+
+        def pick(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+            return None if mine is None or theirs is None else torch.where(better, theirs, mine)
+
+        scale = torch.where(better, other.scale, self.scale)
+        return Effective(scale, pick(self.zero, other.zero), pick(self.minimum, other.minimum))

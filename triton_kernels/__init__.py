@@ -1,0 +1,1 @@
+"""Triton kernels. This package knows only triton."""
