@@ -1,0 +1,49 @@
+"""Quantized linear layers that are fast, exact about their numerics and usable wherever a torch.nn.Linear is.
+
+    import quantlib
+    quantlib.patch(model, "nvfp4")
+
+Importing has no side effects and takes no GPU memory.
+"""
+
+from quantlib import kernels as _kernels
+from quantlib.algorithms import quantize
+from quantlib.devices import devices
+from quantlib.errors import CheckpointError, FormatError, KernelError, QuantlibError, ShapeError
+from quantlib.evaluation import Evaluation, evaluate
+from quantlib.explain import explain
+from quantlib.formats import Format, get_format, list_formats
+from quantlib.nn import QuantLinear
+from quantlib.ops import linear
+from quantlib.patch import patch, unpatch
+from quantlib.report import PatchReport
+from quantlib.serialization import load, save
+from quantlib.tensor import QuantizedTensor
+
+__version__ = "0.1.0"
+
+del _kernels
+
+__all__ = [
+    "CheckpointError",
+    "Evaluation",
+    "Format",
+    "FormatError",
+    "KernelError",
+    "PatchReport",
+    "QuantLinear",
+    "QuantizedTensor",
+    "QuantlibError",
+    "ShapeError",
+    "devices",
+    "evaluate",
+    "explain",
+    "get_format",
+    "linear",
+    "list_formats",
+    "load",
+    "patch",
+    "quantize",
+    "save",
+    "unpatch",
+]

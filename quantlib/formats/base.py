@@ -11,6 +11,7 @@ Every algorithm is written against `fit`, `encode`, `decode` and nothing else, a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -201,14 +202,19 @@ class Format:
             packed[start:stop] = pack(self.block.merge(codes, *padded.shape), self.codec.bits)
         return packed
 
-    def decode(self, parts: Parts, n: int, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """All parts of the rows layout -> weight [n, k]: the law, computed in fp32 and rounded once to `dtype`."""
+    def decode_slabs(self, parts: Parts, n: int, k: int) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, fp32 rows start..stop of the weight [n, k]) over slabs that bound memory, from the rows layout."""
         numbers = self.effective(parts)
-        out = torch.empty(n, k, dtype=dtype, device=parts["codes"].device)
         for start, stop, packed in self.slabs(parts["codes"]):
             codes = unpack(packed, self.codec.bits, self.padded(k))
             blocks = self.decode_blocks(self.block.split(codes), self._block_rows(numbers, start, stop))
-            out[start:stop] = self.block.merge(blocks, stop - start, k)
+            yield start, stop, self.block.merge(blocks, stop - start, k)
+
+    def decode(self, parts: Parts, n: int, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """All parts of the rows layout -> weight [n, k]: the law, computed in fp32 and rounded once to `dtype`."""
+        out = torch.empty(n, k, dtype=dtype, device=parts["codes"].device)
+        for start, stop, weight in self.decode_slabs(parts, n, k):
+            out[start:stop] = weight
         return out
 
     def _block_rows(self, numbers: Effective, start: int, stop: int) -> Effective:

@@ -53,6 +53,19 @@ def decode(codec: Codec, codes: Tensor) -> Tensor:
     return _table(codec.entries, codes.device)[codes.to(torch.int32)]
 
 
+def nearest(codec: Codec, x: Tensor) -> Tensor:
+    """The value of the code nearest to every element of x (fp32): decode(encode(x)) without the code, for searches."""
+    if isinstance(codec, Affine):
+        return x.round().clamp_(-codec.offset, (1 << codec.bits) - 1 - codec.offset)
+    if isinstance(codec, Minifloat):
+        # The step between neighbours is a power of two that x's own exponent gives; rounding half to even on a multiple of the
+        # step is rounding to the even code.
+        binade = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+        step = binade.clamp_(min=2.0 ** (1 - codec.bias)).mul_(2.0**-codec.mantissa_bits)
+        return (x / step).round_().mul_(step).clamp_(-codec.divisor, codec.divisor)
+    return decode(codec, codec.encode(x))
+
+
 @dataclass(frozen=True)
 class Affine:
     """Integers: value = code - offset, where offset is 2**(bits-1) for a signed grid and 0 for an unsigned one."""
@@ -95,10 +108,10 @@ class Table:
 
     def encode(self, x: Tensor) -> Tensor:
         order, midpoints = _sorted_midpoints(self.entries)
-        rank = torch.bucketize(x, _table(midpoints, x.device), out_int32=True)
-        if order == tuple(range(len(order))):
-            return rank.to(torch.uint8)
-        return torch.tensor(order, dtype=torch.uint8, device=x.device)[rank]
+        rank = _rank(x, midpoints)
+        if order != tuple(range(len(order))):
+            rank = _order(order, x.device).index_select(0, rank)
+        return rank.to(torch.uint8).view(x.shape)
 
 
 @lru_cache(maxsize=64)
@@ -108,6 +121,61 @@ def _sorted_midpoints(entries: tuple[float, ...]) -> tuple[tuple[int, ...], tupl
     order = torch.argsort(values, stable=True)
     ranked = values[order]
     return tuple(order.tolist()), tuple(((ranked[:-1] + ranked[1:]) / 2).tolist())
+
+
+@lru_cache(maxsize=64)
+def _order(order: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(order, dtype=torch.int32, device=device)
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """bucketize for a short list of midpoints at a fifth of its time: the line is cut into equal cells so narrow that none holds
+    two midpoints; a number's rank is that of its cell's lower edge, plus one where the number lies above the cell's midpoint.
+    Exact, because the cell is a monotonic function of the number, computed alike for the midpoints."""
+
+    low: float
+    per_unit: float
+    base: Tensor
+    bound: Tensor
+    COUNT: ClassVar[int] = 1024
+
+    @staticmethod
+    def index(x: Tensor, low: float, per_unit: float) -> Tensor:
+        position = x.sub(low).mul_(per_unit)
+        return position.clamp_(0, _Cells.COUNT - 1).nan_to_num_(0.0).to(torch.int32)
+
+    def rank(self, x: Tensor) -> Tensor:
+        """x [n] -> int32 [n]: how many midpoints lie below each element."""
+        cell = self.index(x, self.low, self.per_unit)
+        return self.base.index_select(0, cell) + (x > self.bound.index_select(0, cell))
+
+
+def _rank(x: Tensor, midpoints: tuple[float, ...]) -> Tensor:
+    """x fp32, any shape -> int32 [x.numel()]: how many of the ascending midpoints lie below each element."""
+    cells = _cells(midpoints, x.device)
+    if cells is None:
+        return torch.bucketize(x.reshape(-1), _table(midpoints, x.device), out_int32=True)
+    return cells.rank(x.reshape(-1))
+
+
+@lru_cache(maxsize=64)
+def _cells(midpoints: tuple[float, ...], device: torch.device) -> _Cells | None:
+    """The cells of some ascending midpoints; None where two fall into one cell."""
+    low, high = midpoints[0], midpoints[-1]
+    if not high > low:
+        return None
+    per_unit = (_Cells.COUNT - 1) / (high - low)
+    ascending = torch.tensor(midpoints, dtype=torch.float32)
+    cell = _Cells.index(ascending, low, per_unit).to(torch.int64)
+    if len(set(cell.tolist())) < len(midpoints):
+        return None
+    held = torch.zeros(_Cells.COUNT, dtype=torch.int32)
+    held[cell] = 1
+    bound = torch.full((_Cells.COUNT,), math.inf)
+    bound[cell] = ascending
+    base = held.cumsum(0, dtype=torch.int32) - held
+    return _Cells(low, per_unit, base.to(device), bound.to(device))
 
 
 @dataclass(frozen=True)
@@ -153,7 +221,7 @@ class Minifloat:
             limit = self.divisor
             return x.clamp(-limit, limit).to(self.torch_dtype).view(torch.uint8)
         bounds = _even_tie_bounds(self.exponent_bits, self.mantissa_bits)
-        magnitude = torch.bucketize(x.abs(), _table(bounds, x.device), out_int32=True).to(torch.uint8)
+        magnitude = _rank(x.abs(), bounds).to(torch.uint8).view(x.shape)
         return magnitude | ((x < 0).to(torch.uint8) << (self.bits - 1))
 
 

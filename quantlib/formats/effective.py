@@ -18,7 +18,24 @@ class Effective:
 
     def rows(self, start: int, stop: int) -> Effective:
         """The blocks of block rows start..stop."""
-        return Effective(*(None if t is None else t[start:stop] for t in (self.scale, self.zero, self.minimum)))
+        zero = None if self.zero is None else self.zero[start:stop]
+        minimum = None if self.minimum is None else self.minimum[start:stop]
+        return Effective(self.scale[start:stop], zero, minimum)
+
+    def reshape(self, *shape: int) -> Effective:
+        """The same numbers in another shape."""
+        return Effective(*(None if t is None else t.reshape(*shape) for t in (self.scale, self.zero, self.minimum)))
+
+    @staticmethod
+    def cat(fits: list[Effective]) -> Effective:
+        """Fits of consecutive blocks as one."""
+
+        def join(tensors: list[Tensor | None]) -> Tensor | None:
+            present = [t for t in tensors if t is not None]
+            return torch.cat(present) if present else None
+
+        scale = torch.cat([fit.scale for fit in fits])
+        return Effective(scale, join([fit.zero for fit in fits]), join([fit.minimum for fit in fits]))
 
     def where(self, better: Tensor, other: Effective) -> Effective:
         """`other`'s numbers where `better` [R, G], else one's own."""

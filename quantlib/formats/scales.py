@@ -40,7 +40,8 @@ class Scale(Protocol):
     """What every scale kind offers; `kind` is what kernels declare."""
 
     kind: ClassVar[str]
-    has_minimum: bool
+    @property
+    def has_minimum(self) -> bool: ...
 
     @property
     def count(self) -> int:
@@ -307,14 +308,28 @@ class SuperScale:
     def round(self, scale: Tensor, shared: Parts) -> Tensor:
         return scale
 
-    def _quantize(self, grid: Tensor) -> tuple[Tensor, Tensor]:
-        """[R, G] -> integers of the same shape, and the fp16 unit [R, G/count] that they count."""
-        supers = grid.view(grid.shape[0], -1, self.count)
-        top = (1 << self.bits) - 1 - self._offset
-        unit = (supers.abs().amax(dim=-1) / top).to(torch.float16)
-        step = unit.to(torch.float32)[..., None]
-        ratio = torch.where(step == 0, torch.zeros_like(supers), supers / step)
-        return ratio.round().clamp(-self._offset, top).view(grid.shape), unit
+    @property
+    def top(self) -> int:
+        """The largest integer scale; the largest scale of a super-block takes it."""
+        return (1 << self.bits) - 1 - self._offset
+
+    def integers(self, grid: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+        """grid fp32 [..., G] -> the fp32 value of the fp16 unit of every entry, and its integer, both [..., G].
+
+        `factor` stretches the unit; the entry that defines it takes `top` all the same, so that the unit can be found again.
+        """
+        supers = grid.reshape(-1, self.count)
+        absmax = supers.abs().amax(dim=-1, keepdim=True)
+        unit = (absmax / self.top * factor).to(torch.float16).to(torch.float32)
+        ratio = torch.where(unit == 0, 0.0, supers / unit).round().clamp(-self.top if self.signed else 0, self.top)
+        ratio = torch.where((supers.abs() == absmax) & (unit > 0), supers.sign() * self.top, ratio)
+        return unit.expand_as(supers).reshape(grid.shape), ratio.reshape(grid.shape)
+
+    def rounded_minimum(self, minimum: Tensor, wanted: Tensor, factor: float) -> Tensor:
+        """`wanted` [..., G] in whole units of a super-minimum that `minimum` defines; the defining entry takes `top`."""
+        unit, integers = self.integers(minimum, factor)
+        nearest = torch.where(unit == 0, 0.0, wanted / unit).round().clamp(0, self.top)
+        return torch.where(integers == self.top, integers, nearest) * unit
 
     def _pack(self, integers: Tensor) -> Tensor:
         return pack((integers + self._offset).to(torch.uint8), self.bits)
@@ -325,17 +340,23 @@ class SuperScale:
         return integers * units.to(torch.float32).repeat_interleave(self.count, dim=1)
 
     def store(self, scale: Tensor, minimum: Tensor | None, shared: Parts) -> Parts:
-        integers, unit = self._quantize(scale)
-        parts = {"scales": self._pack(integers), "super_scales": unit}
-        if minimum is not None:
-            low, low_unit = self._quantize(minimum)
-            parts = {
-                "scales": parts["scales"],
-                "minima": self._pack(low),
-                "super_scales": unit,
-                "super_minima": low_unit,
-            }
-        return parts
+        parts = dict(zip(("scales", "super_scales"), self._stored(scale), strict=True))
+        if minimum is None:
+            return parts
+        minima, super_minima = self._stored(minimum)
+        return {
+            "scales": parts["scales"],
+            "minima": minima,
+            "super_scales": parts["super_scales"],
+            "super_minima": super_minima,
+        }
+
+    def _stored(self, grid: Tensor) -> tuple[Tensor, Tensor]:
+        unit, integers = self.integers(grid)
+        units = unit[:, :: self.count].to(torch.float16)
+        if not torch.isfinite(units).all():
+            raise FormatError(f"scale {float(grid.abs().max()):.3g} needs an fp16 super-scale above 65504; choose another format")
+        return self._pack(integers), units
 
     def load(self, parts: Parts) -> tuple[Tensor, Tensor | None]:
         minima = self._expand(parts["minima"], parts["super_minima"]) if self.has_minimum else None

@@ -46,7 +46,8 @@ class Problem:
 class Kernel(ABC):
     """One way to run one operation. Instances are registered with `register_kernel` in the file that launches them.
 
-    A kernel declares codec and scale KINDS (`fmt.codec.kind`, `fmt.scale.kind`), never formats.
+    A kernel declares codec and scale KINDS (`fmt.codec.kind`, `fmt.scale.kind`), never formats. `layout` is the one that its
+    weights lie in, or "any".
     """
 
     name: ClassVar[str]

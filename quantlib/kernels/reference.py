@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -15,11 +16,13 @@ from quantlib.tensor import QuantizedTensor
 def round_trip(x: Tensor, fmt: Format) -> Tensor:
     """x [M, K] rounded to a format and back, in x's dtype: what low-precision activations mean, on any device."""
     parts = fmt.fit(x)
-    return fmt.decode({"codes": fmt.encode(x, parts), **parts}, *x.shape, dtype=x.dtype)
+    m, k = x.shape
+    return fmt.decode({"codes": fmt.encode(x, parts), **parts}, m, k, x.dtype)
 
 
 class ReferenceLinear(Kernel):
     name = "reference_linear"
+    layout = "any"
     backend = "reference"
     operation = "linear"
 
@@ -32,11 +35,15 @@ class ReferenceLinear(Kernel):
     def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
         if problem.activations is not None:
             x = round_trip(x, get_format(problem.activations))
-        return functional.linear(x, weight.dequantize(x.dtype), bias)
+        decoded = weight.dequantize(x.dtype)
+        if problem.batch_invariant and len(x) > 1:
+            return torch.cat([functional.linear(row, decoded, bias) for row in x.split(1)])
+        return functional.linear(x, decoded, bias)
 
 
 class ReferenceDgrad(Kernel):
     name = "reference_dgrad"
+    layout = "any"
     backend = "reference"
     operation = "dgrad"
 
@@ -52,6 +59,7 @@ class ReferenceDgrad(Kernel):
 
 class ReferenceDequantize(Kernel):
     name = "reference_dequantize"
+    layout = "any"
     backend = "reference"
     operation = "dequantize"
 

@@ -1,0 +1,41 @@
+// One vocabulary of vectors, three spellings. QUANTLIB_ISA_LEVEL (set by setup.py per object file) picks one, and each gets a
+// namespace of its own: the kernels above are written once and compiled three times into one library.
+//
+// Rule for every header below: no standard-library templates and no function outside the namespace. An inline function that is
+// shared between object files is kept once by the linker, maybe the AVX-512 copy, and would crash a machine without AVX-512.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "types.h"
+
+#if QUANTLIB_ISA_LEVEL == 2
+#define QUANTLIB_ISA avx512
+#include "simd_avx512.h"
+#elif QUANTLIB_ISA_LEVEL == 1
+#define QUANTLIB_ISA avx2
+#include "simd_avx2.h"
+#else
+#define QUANTLIB_ISA scalar
+#include "simd_scalar.h"
+#endif
+
+namespace quantlib::cpu::QUANTLIB_ISA {
+
+// Columns that are decoded together: whole bytes in every plane, a whole number of vectors in every spelling.
+constexpr int CHUNK = 32;
+constexpr int VECTORS = CHUNK / LANES;
+
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Two planes of a code: `low` in LOW bits, `high` above them. Bits above the code are left as they come.
+template <int LOW>
+inline Ints join(Ints low, Ints high) {
+    return either(clean<LOW>(low), shift_left<LOW>(high));
+}
+
+}  // namespace quantlib::cpu::QUANTLIB_ISA

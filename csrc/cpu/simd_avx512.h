@@ -1,0 +1,123 @@
+// The AVX-512 spelling (F, BW, VL, DQ): sixteen lanes.
+#pragma once
+
+#include <immintrin.h>
+
+namespace quantlib::cpu::avx512 {
+
+constexpr int LANES = 16;
+typedef __m512 Floats;
+typedef __m512i Ints;
+
+inline Floats zero() { return _mm512_setzero_ps(); }
+inline Floats broadcast(float value) { return _mm512_set1_ps(value); }
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats load(const float* from) { return _mm512_loadu_ps(from); }
+inline void store(float* to, Floats a) { _mm512_storeu_ps(to, a); }
+inline float sum(Floats a) {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+// Integers
+
+inline Ints either(Ints a, Ints b) { return _mm512_or_si512(a, b); }
+template <int BITS>
+inline Ints shift_left(Ints a) { return _mm512_slli_epi32(a, BITS); }
+template <int BITS>
+inline Ints clean(Ints a) { return _mm512_and_si512(a, _mm512_set1_epi32((1 << BITS) - 1)); }
+inline Floats number(Ints a) { return _mm512_cvtepi32_ps(a); }
+
+// CHUNK codes of one plane; the bits above a code are those of its neighbours.
+template <int WIDTH>
+inline void unpack(const uint8_t* from, Ints* codes) {
+    if constexpr (WIDTH == 8) {
+        codes[0] = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+        codes[1] = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16)));
+    } else if constexpr (WIDTH == 4) {
+        // Sixteen codes are 64 bits, too many for one lane to shift down: interleave low and high nibbles as bytes first.
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+        const __m128i high = _mm_srli_epi16(bytes, 4);
+        codes[0] = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(bytes, high));
+        codes[1] = _mm512_cvtepu8_epi32(_mm_unpackhi_epi8(bytes, high));
+    } else {
+        const Ints counts = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const Ints shifts = _mm512_slli_epi32(counts, WIDTH - 1);
+        for (int v = 0; v < 2; ++v) {
+            uint32_t bytes = 0;
+            memcpy(&bytes, from + v * 2 * WIDTH, 2 * WIDTH);
+            codes[v] = _mm512_srlv_epi32(_mm512_set1_epi32(int(bytes)), shifts);
+        }
+    }
+}
+
+// Look-ups
+
+inline Floats gather(const float* table, Ints index) { return _mm512_i32gather_ps(index, table, 4); }
+
+// A code book of up to 16 values in one register; vpermps reads the low four bits of an index and ignores the others.
+constexpr bool SCALES_BOOK = true;
+struct Book {
+    Floats values;
+};
+inline Book book(const float* values) { return {load(values)}; }
+inline Book rescale(Book b, float scale) { return {multiply(b.values, broadcast(scale))}; }
+inline Book rescale(Book b, float zero, float scale, float minimum) {
+    return {subtract(multiply(subtract(b.values, broadcast(zero)), broadcast(scale)), broadcast(minimum))};
+}
+template <int BITS>
+inline Floats look_up(Book b, Ints codes) { return _mm512_permutexvar_ps(codes, b.values); }
+
+// The factors of vector `v` of a chunk, from one number per PIECE columns.
+template <int PIECE>
+inline Floats spread(const float* pieces, int v) {
+    if constexpr (PIECE >= LANES) {
+        return broadcast(pieces[v * LANES / PIECE]);
+    } else {
+        return _mm512_mask_broadcastss_ps(broadcast(pieces[2 * v]), 0xFF00, _mm_load_ss(pieces + 2 * v + 1));
+    }
+}
+
+// Small floats
+
+inline Floats load_half(const uint16_t* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline void store_half(uint16_t* to, Floats a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline Floats load_bfloat(const uint16_t* from) {
+    const Ints words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+}
+// vcvtneps2bf16 would be one instruction, but it flushes subnormals to zero.
+inline void store_bfloat(uint16_t* to, Floats a) {
+    const Ints bits = _mm512_castps_si512(a);
+    const Ints even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    Ints words = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7FFF))), 16);
+    words = _mm512_mask_mov_epi32(words, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(words));
+}
+
+// E4M3's bits, put into fp16's places, are the value times 2^-8, subnormals included; 0x7F and 0xFF are NaN.
+inline Floats load_e4m3(const uint8_t* from) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    const __m256i top = _mm256_set1_epi16(0x3F80);
+    // Sign extension leaves a second copy of the sign in bit 14; the mask takes it out.
+    __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7), _mm256_set1_epi16(short(0xBF80)));
+    const __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(half, top), top);
+    half = _mm256_or_si256(half, _mm256_and_si256(nan, _mm256_set1_epi16(0x7E00)));
+    return multiply(_mm512_cvtph_ps(half), broadcast(256.0f));
+}
+// E5M2 is the upper byte of an fp16.
+inline Floats load_e5m2(const uint8_t* from) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8));
+}
+
+}  // namespace quantlib::cpu::avx512

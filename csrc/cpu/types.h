@@ -1,0 +1,75 @@
+// What crosses the border between the bindings (compiled for the baseline) and the kernels (compiled once per instruction set):
+// plain data only. No function lives here, so the linker can never pick an AVX-512 copy of one for a machine without it.
+#pragma once
+
+#include <cstdint>
+
+namespace quantlib::cpu {
+
+enum class DType { float32, bfloat16, float16 };
+enum class CodecKind { table, affine, e4m3, e5m2 };
+enum class ScaleKind { number, e4m3_global, e8m0, double_quant, super };
+
+// Everything about a weight [n, k] of one format that does not depend on where its bytes lie (quantlib/formats, layout `rows`).
+//     w = (value[code] - zero) * scale - minimum          in fp32, each operation rounded once
+struct Plan {
+    int64_t n, k;
+    int64_t padded_k;  // columns that a row of `codes` holds
+    int bits;          // 1..8, in planes of 2^i bits, low bits first (quantlib/formats/packing.py)
+    CodecKind codec;
+    float offset;       // affine: value = code - offset
+    float values[256];  // the value of every code; entries beyond 2^bits repeat, so that an index needs no mask
+
+    int64_t block_rows, block_cols;  // weights that share a scale; 0: the whole dimension
+    int64_t blocks_across;
+    int piece;  // 32, 16 or 8: the widest run of columns that starts at a multiple of itself and lies inside one block
+
+    ScaleKind scale;
+    DType scale_dtype;  // number: of scales and minima
+    int super_bits, super_count;
+    float super_offset;      // super: scale = (code - super_offset) * unit
+    float scale_values[256];  // double_quant: the value of every scale code
+    bool has_zero, has_minimum;
+};
+
+// Where the bytes lie. Valid for one call; a part that the format lacks is null.
+struct Parts {
+    const uint8_t* codes;
+    const uint8_t* scales;
+    const uint8_t* minima;
+    const uint8_t* zeros;
+    const float* global_scale;
+    const float* scale_absmax;
+    const float* scale_offset;
+    const uint8_t* super_scales;  // fp16
+    const uint8_t* super_minima;  // fp16
+};
+
+struct LinearCall {
+    const Plan* plan;
+    Parts parts;
+    int64_t m;
+    DType dtype;  // of x and y
+    const void* x;
+    int64_t x_row_stride, x_column_stride;  // in elements
+    const float* bias;                      // [n] or null
+    void* y;                                // [m, n] contiguous
+    int threads;
+};
+
+struct DequantizeCall {
+    const Plan* plan;
+    Parts parts;
+    int64_t row_start, row_stop;
+    DType dtype;
+    void* out;  // [row_stop - row_start, k] contiguous
+    int threads;
+};
+
+// Both return false where scratch memory could not be had.
+struct Kernels {
+    bool (*linear)(const LinearCall&);
+    bool (*dequantize)(const DequantizeCall&);
+};
+
+}  // namespace quantlib::cpu

@@ -1,0 +1,69 @@
+"""What an algorithm is, how one is named, and what a weight must be before any of them starts."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from quantlib.errors import QuantlibError, ShapeError
+from quantlib.formats.base import Format
+from quantlib.tensor import QuantizedTensor
+
+
+@runtime_checkable
+class Algorithm(Protocol):
+    """Chooses scales and codes for one weight."""
+
+    @property
+    def name(self) -> str: ...
+
+    def quantize(self, weight: Tensor, fmt: Format, importance: Tensor | None = None, name: str = "weight") -> QuantizedTensor:
+        """weight [N, K], any float dtype -> its packed form in the rows layout."""
+        ...
+
+
+_ALGORITHMS: dict[str, Callable[[], Algorithm]] = {}
+
+
+def register_algorithm(name: str, build: Callable[[], Algorithm]) -> None:
+    """Make `algorithm="name"` known; `build` makes it with default options."""
+    if name in _ALGORITHMS:
+        raise QuantlibError(f"algorithm {name!r} is registered already")
+    _ALGORITHMS[name] = build
+
+
+def get_algorithm(algorithm: str | Algorithm) -> Algorithm:
+    """An algorithm by name or as it is. Raises QuantlibError naming the known ones."""
+    if not isinstance(algorithm, str):
+        return algorithm
+    if algorithm not in _ALGORITHMS:
+        nearest = difflib.get_close_matches(algorithm, _ALGORITHMS, n=1, cutoff=0.0)[0]
+        raise QuantlibError(f"unknown algorithm {algorithm!r}; did you mean {nearest!r}? Known: {', '.join(_ALGORITHMS)}")
+    return _ALGORITHMS[algorithm]()
+
+
+def validate_weight(weight: Tensor, fmt: Format, name: str = "weight") -> None:
+    """Raise ShapeError or FormatError unless `weight` is a finite float matrix that `fmt` can hold. Copies nothing."""
+    if weight.dim() != 2:
+        raise ShapeError(f"{name}: a weight has two dimensions [out_features, in_features], found {list(weight.shape)}")
+    if not weight.is_floating_point():
+        raise ShapeError(f"{name}: a weight is quantized from a float dtype, found {weight.dtype}")
+    if weight.is_meta:
+        raise ShapeError(f"{name}: the weight is on the meta device and holds no data; load it before quantizing")
+    if weight.numel() == 0:
+        return
+    low, high = (float(extreme) for extreme in torch.aminmax(weight.detach()))
+    if not (low == low and abs(low) != float("inf") and abs(high) != float("inf")):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise ShapeError(
+            f"{name}: {bad} of {weight.numel()} weights are NaN or infinite; quantization needs finite weights: "
+            "repair the checkpoint or leave this layer out with skip="
+        )
+    try:
+        fmt.scale.fit_shared(torch.tensor(max(-low, high), dtype=torch.float32), fmt.codec.divisor)
+    except QuantlibError as error:
+        raise type(error)(f"{name}: {error}") from None

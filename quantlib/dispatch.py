@@ -1,0 +1,150 @@
+"""Which kernel runs a problem: those that support it, the least predicted cost first, the reference last."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from quantlib.devices import device_facts
+from quantlib.errors import KernelError
+from quantlib.formats.base import Format
+from quantlib.kernels import base
+from quantlib.kernels.base import Kernel, Operation, Problem
+from quantlib.layouts import get_layout
+from quantlib.tensor import QuantizedTensor
+
+PREPARE_FOR = (1, 16, 512)
+"""The batch sizes that one layout is chosen for: one copy of the weight serves decoding and prefill."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One kernel's answer to a problem: a predicted cost in microseconds, or the reason why it can't run."""
+
+    kernel: str
+    backend: str
+    cost: float | None
+    refusal: str | None
+
+
+def problem_of(
+    operation: Operation,
+    m: int,
+    weight: QuantizedTensor,
+    dtype: torch.dtype,
+    activations: str | None = None,
+    device: torch.device | str | None = None,
+    batch_invariant: bool = False,
+) -> Problem:
+    """The problem of multiplying m rows of `dtype` with this weight, on its own device unless another is named."""
+    n, k = weight.shape
+    facts = device_facts(weight.device if device is None else device)
+    return Problem(operation, m, n, k, dtype, weight.format, weight.layout, activations, facts, True, batch_invariant)
+
+
+def bucket(m: int) -> int:
+    """M as dispatch caches it: exact up to 64, then the next power of two."""
+    return m if m <= 64 else 1 << (m - 1).bit_length()
+
+
+def _refusal(kernel: Kernel, problem: Problem) -> str | None:
+    if kernel.layout not in ("any", problem.layout):
+        return f"works on the layout {kernel.layout!r}, the weight lies in {problem.layout!r}"
+    return kernel.supports(problem)
+
+
+def choices(problem: Problem) -> list[Choice]:
+    """Every kernel of the operation: those that can run it by cost, then those that can't, with their reasons."""
+    found = []
+    for kernel in base.list_kernels(problem.operation):
+        refusal = _refusal(kernel, problem)
+        cost = kernel.cost(problem) if refusal is None else None
+        found.append(Choice(kernel.name, kernel.backend, cost, refusal))
+    return sorted(found, key=lambda choice: (choice.cost is None, choice.cost or 0.0))
+
+
+def select(problem: Problem, kernel: str | None = None) -> Kernel:
+    """The kernel that runs the problem; `kernel` forces one by name.
+
+    Raises KernelError where the forced kernel is unknown, of another operation, or can't run the problem (saying why).
+    """
+    if kernel is not None:
+        return _forced(problem, kernel)
+    return base.get_kernel(_select(replace(problem, m=bucket(problem.m)), _table_version()))
+
+
+def _table_version() -> tuple[str, ...]:
+    return tuple(kernel.name for kernel in base.list_kernels())
+
+
+@lru_cache(maxsize=4096)
+def _select(problem: Problem, version: tuple[str, ...]) -> str:
+    best = choices(problem)[0]
+    if best.cost is None:
+        raise KernelError(f"no kernel runs {problem}: " + "; ".join(f"{c.kernel}: {c.refusal}" for c in choices(problem)))
+    if problem.device.kind == "cuda" and best.backend == "reference":
+        _warn_reference(problem.device.name, problem.format.name)
+    return best.kernel
+
+
+@lru_cache(maxsize=64)
+def _warn_reference(device: str, fmt: str) -> None:
+    warnings.warn(
+        f"quantlib runs {fmt} on {device} with its slow reference kernel; quantlib.explain(layer) says why", stacklevel=2
+    )
+
+
+def _forced(problem: Problem, name: str) -> Kernel:
+    kernel = base.get_kernel(name)
+    if kernel.operation != problem.operation:
+        raise KernelError(f"kernel {name!r} does {kernel.operation}, asked for {problem.operation}")
+    refusal = _refusal(kernel, problem)
+    if refusal is not None:
+        raise KernelError(f"kernel {name!r} can't run {problem.format} M={problem.m} N={problem.n} K={problem.k}: {refusal}")
+    return kernel
+
+
+def run(
+    operation: Operation,
+    x: Tensor,
+    weight: QuantizedTensor,
+    bias: Tensor | None = None,
+    activations: str | None = None,
+    kernel: str | None = None,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """Select and run. x is [M, K] for linear, [M, N] for dgrad, and an empty tensor of the wanted dtype for dequantize."""
+    m = 0 if operation == "dequantize" else x.shape[0]
+    problem = problem_of(operation, m, weight, x.dtype, activations, x.device, batch_invariant)
+    return select(problem, kernel).run(problem, x, weight, bias)
+
+
+def best_layout(
+    fmt: Format,
+    shape: tuple[int, int],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    kernel: str | None = None,
+    ms: Iterable[int] = PREPARE_FOR,
+) -> str:
+    """The layout with the least total predicted cost of `linear` over `ms`; a forced kernel's own layout."""
+    if kernel is not None:
+        layout = base.get_kernel(kernel).layout
+        return "rows" if layout == "any" else layout
+    names = {"rows"} | {entry.layout for entry in base.list_kernels("linear") if entry.layout != "any"}
+    usable = sorted(name for name in names if get_layout(name).supports(fmt) is None)
+
+    def total(layout: str) -> float:
+        cost = 0.0
+        for m in ms:
+            facts = device_facts(device)
+            best = choices(Problem("linear", m, *shape, dtype, fmt, layout, None, facts))[0]
+            cost += float("inf") if best.cost is None else best.cost
+        return cost
+
+    return min(usable, key=lambda name: (total(name), name != "rows"))

@@ -1,0 +1,213 @@
+"""How the Triton kernels are launched: what they are told about a weight, and tiles. Tests, launches and the compile check
+(bench/compile_check.py) all build their arguments here, so that what is compiled is what runs.
+
+Triton is imported at the first use of a kernel, never by `import quantlib`.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantlib.formats.base import Format
+from quantlib.formats.codecs import Affine, Minifloat, Table
+from quantlib.formats.packing import planes
+from quantlib.formats.scales import DYNAMIC_MAP, DoubleQuantScale, SuperScale
+from quantlib.tensor import QuantizedTensor
+
+CODEC_KINDS = ("affine", "table", "minifloat")
+SCALE_KINDS = ("float", "e4m3_global", "e8m0", "double", "super")
+
+
+def interpreting() -> bool:
+    """Whether TRITON_INTERPRET asks for Triton's interpreter (read by Triton when kernels are first imported)."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+@lru_cache(maxsize=1)
+def import_failure() -> str | None:
+    """None where Triton and the kernels can be imported; otherwise the reason."""
+    try:
+        import quantlib.triton_kernels.dequantize
+        import quantlib.triton_kernels.gemv
+        import quantlib.triton_kernels.linear  # noqa: F401
+    except Exception as error:  # a broken Triton raises anything, from ImportError to RuntimeError
+        return f"Triton can't be used: {type(error).__name__}: {error}"
+    return None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of one kernel: `arguments` by name (tensors, integers and constexprs), `options` of Triton's compiler."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def run(self, device: torch.device) -> None:
+        """Run on `device`'s current stream."""
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self.kernel[self.grid](**self.arguments, **self.options)
+
+    def compile(self) -> Any:
+        """Triton's compiled kernel for its active driver's target, without running it; tensors may be on `meta`."""
+        return self.kernel.warmup(grid=self.grid, **self.arguments, **self.options)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sizes of the block of the problem that one program computes, and how Triton compiles it."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        # The decoding law rounds every product and difference; a fused multiply-add would skip a rounding.
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": False}
+
+
+@lru_cache(maxsize=256)
+def weight_spec(fmt: Format) -> Any:
+    """The compile-time facts (triton_kernels.decode.WeightSpec) of a format, from its kinds, never from its name."""
+    from quantlib.triton_kernels.decode import WeightSpec
+
+    codec, scale, block = fmt.codec, fmt.scale, fmt.block
+    widths = (*planes(codec.bits), 0, 0)
+    scale_widths: tuple[int, ...] = (0, 0, 0)
+    count = 0
+    if isinstance(scale, SuperScale):
+        scale_widths, count = (*planes(scale.bits), 0, 0), scale.count
+    elif isinstance(scale, DoubleQuantScale):
+        count = scale.BLOCK
+    return WeightSpec(
+        codec=codec.kind,
+        bits=codec.bits,
+        plane0=widths[0],
+        plane1=widths[1],
+        plane2=widths[2],
+        offset=codec.offset if isinstance(codec, Affine) else 0,
+        exponent_bits=codec.exponent_bits if isinstance(codec, Minifloat) else 0,
+        mantissa_bits=codec.mantissa_bits if isinstance(codec, Minifloat) else 0,
+        block_rows=block.rows or 0,
+        block_cols=block.cols or 0,
+        scale=scale.kind,
+        zero=fmt.zero,
+        scale_plane0=scale_widths[0],
+        scale_plane1=scale_widths[1],
+        scale_plane2=scale_widths[2],
+        scale_offset=1 << (scale.bits - 1) if isinstance(scale, SuperScale) and scale.signed else 0,
+        scale_count=count,
+    )
+
+
+@lru_cache(maxsize=64)
+def device_table(entries: tuple[float, ...], device: torch.device) -> Tensor:
+    """A code book in fp32 on `device`, made once."""
+    return torch.tensor(entries, dtype=torch.float32, device=device)
+
+
+_OUTER = {"e4m3_global": "global_scale", "double": "scale_absmax", "super": "super_scales"}
+_INNER = {"double": "scale_offset", "super": "super_minima"}
+
+
+def weight_arguments(weight: QuantizedTensor) -> dict[str, Any]:
+    """The arguments by which every kernel receives a weight in the rows layout; None where the format has no such part."""
+    fmt, parts = weight.format, weight.parts
+    device = weight.device
+    return {
+        "codes": parts["codes"],
+        "table": device_table(fmt.codec.entries, device) if isinstance(fmt.codec, Table) else None,
+        "scales": parts["scales"],
+        "zeros": parts.get("zeros", parts.get("minima")),
+        "outer": parts.get(_OUTER.get(fmt.scale.kind, "")),
+        "inner": parts.get(_INNER.get(fmt.scale.kind, "")),
+        "scale_map": device_table(DYNAMIC_MAP.entries, device) if fmt.scale.kind == "double" else None,
+        "columns": fmt.padded(weight.shape[1]),
+        "codes_stride": parts["codes"].shape[1],
+        "spec": weight_spec(fmt),
+    }
+
+
+def linear_tile(m: int, dtype: torch.dtype) -> Tile:
+    """The tile of `linear`, for any device: narrow in M where M is small, so that few lanes multiply padding.
+
+    fp32 has no tensor-core instruction without TF32's rounding, so its tile is what fused multiply-adds can hold in registers.
+    """
+    if dtype == torch.float32:
+        return Tile(16, 32, 32, 4, 2) if m <= 16 else Tile(32, 64, 32, 4, 2)
+    if m <= 16:
+        return Tile(16, 64, 64, 4, 3)
+    if m <= 32:
+        return Tile(32, 64, 64, 4, 3)
+    if m <= 64:
+        return Tile(64, 64, 64, 4, 3)
+    return Tile(128, 128, 64, 8, 3)
+
+
+def gemv_tile(m: int, k: int) -> Tile:
+    """The tile of `gemv`: all rows of x up to four, four rows of W (N = 4096 then gives 1024 programs), a wide step in K."""
+    rows = 1 if m <= 1 else 2 if m == 2 else 4
+    return Tile(rows, 4, 512 if k % 512 == 0 else 256, 4, 2)
+
+
+def dequantize_tile(dtype: torch.dtype) -> Tile:
+    """The tile of `dequantize`."""
+    return Tile(0, 16, 128, 4, 1)
+
+
+def _columns_arguments(k: int, tile: Tile) -> dict[str, Any]:
+    return {"K": k, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "EVEN_K": k % tile.k == 0}
+
+
+def dequantize_launch(weight: QuantizedTensor, out: Tensor) -> Launch:
+    """W -> out [N, K], contiguous."""
+    from quantlib.triton_kernels.dequantize import dequantize_kernel
+
+    n, k = weight.shape
+    tile = dequantize_tile(out.dtype)
+    arguments = {"out": out, "N": n, **weight_arguments(weight), **_columns_arguments(k, tile)}
+    return Launch(dequantize_kernel, (-(-k // tile.k), -(-n // tile.n)), arguments, tile.options)
+
+
+def _product_arguments(
+    x: Tensor, weight: QuantizedTensor, bias: Tensor | None, y: Tensor, tile: Tile
+) -> dict[str, Any]:
+    n, k = weight.shape
+    return {
+        "x": x,
+        "y": y,
+        "bias": bias,
+        "M": x.shape[0],
+        "N": n,
+        "x_stride": x.stride(0),
+        "BLOCK_M": tile.m,
+        **weight_arguments(weight),
+        **_columns_arguments(k, tile),
+    }
+
+
+def linear_launch(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, y: Tensor, tile: Tile) -> Launch:
+    """x [M, K] (unit column stride) times W^T plus bias [N] -> y [M, N], contiguous."""
+    from quantlib.triton_kernels.linear import linear_kernel
+
+    grid = (-(-x.shape[0] // tile.m), -(-weight.shape[0] // tile.n))
+    return Launch(linear_kernel, grid, _product_arguments(x, weight, bias, y, tile), tile.options)
+
+
+def gemv_launch(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, y: Tensor, tile: Tile) -> Launch:
+    """As `linear_launch`, by the kernel without tensor cores."""
+    from quantlib.triton_kernels.gemv import gemv_kernel
+
+    grid = (-(-weight.shape[0] // tile.n), -(-x.shape[0] // tile.m))
+    return Launch(gemv_kernel, grid, _product_arguments(x, weight, bias, y, tile), tile.options)

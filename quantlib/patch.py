@@ -1,0 +1,228 @@
+"""patch: nn.Linear -> QuantLinear, in place, layer by layer; unpatch: the way back."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantlib import dispatch
+from quantlib.algorithms import Algorithm, get_algorithm, validate_weight
+from quantlib.errors import KernelError, QuantlibError
+from quantlib.formats import get_format
+from quantlib.formats.base import Format
+from quantlib.kernels import get_kernel
+from quantlib.nn import QuantLinear
+from quantlib.report import LayerReport, PatchReport
+from quantlib.selection import DEFAULT_SKIP, Spec, linear_layers, select_formats
+from quantlib.tensor import QuantizedTensor
+
+
+def patch(
+    model: nn.Module,
+    spec: Spec,
+    *,
+    skip: Iterable[str] = DEFAULT_SKIP,
+    algorithm: str | Algorithm = "rtn",
+    calibration: None = None,
+    activations: str | None = "auto",
+    device: torch.device | str | None = None,
+    kernel: str | None = None,
+    progress: bool = True,
+) -> PatchReport:
+    """Quantize a model's linear layers in place.
+
+    spec         a spec string or Format for all layers, or {pattern: spec}: globs over the full name, "re:..." or a plain layer
+                 name; the first match wins, None leaves a layer as it is
+    skip         patterns of layers to leave (default: the output head)
+    algorithm    a name ("rtn", "rtn-mse") or an object that chooses scales and codes
+    calibration  for algorithms that need data; none of the present ones does
+    activations  None (weights only), a format that the inputs are rounded to, or "auto": what the device computes best in
+    device       where to quantize and leave the model; default: where each weight lies
+    kernel       force one kernel for every layer
+
+    Peak memory is the model and about one layer. Everything that can be known beforehand (names, formats, values, kernel) is
+    checked before the first layer is touched. Raises QuantlibError; FormatError and ShapeError name the layer. An interrupt in
+    the middle leaves the layers done so far quantized, and says so in a note on the exception.
+    """
+    started = time.perf_counter()
+    chosen = _plan(model, spec, skip)
+    method = get_algorithm(algorithm)
+    if calibration is not None:
+        raise QuantlibError(f"algorithm {method.name!r} takes no calibration data")
+    resolved = _resolve_activations(activations)
+    _validate(model, chosen, device, kernel, resolved)
+    skipped = tuple(name for name in linear_layers(model) if name not in chosen)
+    rows: list[LayerReport] = []
+    try:
+        with _progress(chosen, progress) as names:
+            for name in names:
+                rows.append(_patch_layer(model, name, chosen[name], method, resolved, device, kernel))  # noqa: PERF401
+    except BaseException as error:
+        error.add_note(
+            f"quantlib.patch stopped after {len(rows)} of {len(chosen)} layers; reload the model before patching again"
+        )
+        raise
+    if device is not None:
+        model.to(device)
+    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    return PatchReport(tuple(rows), skipped, method.name, time.perf_counter() - started, size)
+
+
+def _plan(model: nn.Module, spec: Spec, skip: Iterable[str]) -> dict[str, Format]:
+    if isinstance(model, nn.Linear):
+        raise QuantlibError("patch replaces the layers inside a module; for a single layer use QuantLinear.from_linear")
+    patched = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+    if patched:
+        raise QuantlibError(
+            f"the model is patched already ({len(patched)} layers, e.g. {patched[0]}: "
+            f"{model.get_submodule(patched[0]).format}); call quantlib.unpatch(model) first, or pass one {{pattern: spec}}"
+        )
+    return select_formats(linear_layers(model), spec, skip)
+
+
+def _resolve_activations(activations: str | None) -> str | None:
+    """ "auto" is weights-only until a device has a kernel that computes in low precision."""
+    if activations is None or activations == "auto":
+        return None
+    return get_format(activations).name
+
+
+def _validate(
+    model: nn.Module, chosen: dict[str, Format], device: torch.device | str | None, kernel: str | None, activations: str | None
+) -> None:
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise QuantlibError(f"device {device!r} can't be used: {error}") from None
+    for name, fmt in chosen.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        validate_weight(layer.weight, fmt, name)
+        if kernel is not None:
+            _check_kernel(kernel, name, layer, fmt, device, activations)
+
+
+def _check_kernel(
+    kernel: str, name: str, layer: nn.Linear, fmt: Format, device: torch.device | str | None, activations: str | None
+) -> None:
+    shape = (layer.out_features, layer.in_features)
+    where = layer.weight.device if device is None else torch.device(device)
+    layout = dispatch.best_layout(fmt, shape, where, layer.weight.dtype, kernel)
+    weight = QuantizedTensor(fmt, shape, {"codes": layer.weight}, layout)
+    problem = dispatch.problem_of("linear", 1, weight, layer.weight.dtype, activations, where)
+    refusal = get_kernel(kernel).supports(problem)
+    if refusal is not None:
+        raise KernelError(f"{name}: kernel {kernel!r} can't run {fmt} {list(shape)}: {refusal}")
+
+
+def _patch_layer(
+    model: nn.Module,
+    name: str,
+    fmt: Format,
+    method: Algorithm,
+    activations: str | None,
+    device: torch.device | str | None,
+    kernel: str | None,
+) -> LayerReport:
+    old = model.get_submodule(name)
+    assert isinstance(old, nn.Linear)
+    source = old.weight.detach() if device is None else old.weight.detach().to(device)
+    weight = method.quantize(source, fmt, name=name)
+    error = weight_error(source, weight)
+    new = QuantLinear.from_quantized(weight, old.bias, old.weight.dtype, activations, kernel).train(old.training).prepare()
+    _take_hooks(old, new)
+    replace_module(model, old, new)
+    return LayerReport(
+        name=name,
+        shape=weight.shape,
+        format=fmt.name,
+        bits_per_weight=weight.bits_per_weight,
+        nbytes=weight.nbytes,
+        original_nbytes=source.numel() * old.weight.element_size(),
+        error=error,
+        activations=activations,
+        kernels=_kernels(new),
+    )
+
+
+def weight_error(weight: torch.Tensor, quantized: QuantizedTensor) -> float:
+    """||decoded - weight|| / ||weight||, slab by slab; 0 for a zero weight that stays zero."""
+    difference = norm = 0.0
+    for start, stop, decoded in quantized.format.decode_slabs(quantized.to_layout("rows").parts, *quantized.shape):
+        original = weight[start:stop].to(torch.float32)
+        norm += float(original.square().sum(dtype=torch.float64))
+        difference += float((decoded - original).square_().sum(dtype=torch.float64))
+    return math.sqrt(difference / norm) if norm else math.sqrt(difference)
+
+
+def _kernels(layer: QuantLinear) -> dict[int, str]:
+    weight = layer.qweight
+    found = {}
+    for m in dispatch.PREPARE_FOR:
+        problem = dispatch.problem_of("linear", m, weight, layer.dtype, layer.activations)
+        try:
+            found[m] = dispatch.select(problem, layer.kernel).name
+        except KernelError:
+            found[m] = "none"
+    return found
+
+
+def _take_hooks(old: nn.Module, new: nn.Module) -> None:
+    for attribute in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        getattr(new, attribute).update(getattr(old, attribute))
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` stands in the model, shared places included."""
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is old:
+                module._modules[name] = new
+
+
+@contextmanager
+def _progress(names: Iterable[str], shown: bool) -> Iterator[Iterator[str]]:
+    """The names, with a rich progress bar that shows the present one and the time left."""
+    names = list(names)
+    if not shown:
+        yield iter(names)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("quantizing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns) as bar:
+        task = bar.add_task("", total=len(names))
+
+        def walk() -> Iterator[str]:
+            for name in names:
+                bar.update(task, description=name)
+                yield name
+                bar.advance(task)
+            bar.update(task, description="done")
+
+        yield walk()
+
+
+def unpatch(model: nn.Module) -> list[str]:
+    """QuantLinear -> nn.Linear with the decoded weights, in place; returns the names. Raises QuantlibError if there is none."""
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]
+    if not found:
+        raise QuantlibError("the model holds no QuantLinear; it was never patched, or is unpatched already")
+    for _, module in found:
+        linear: Any = module.to_linear()
+        _take_hooks(module, linear)
+        replace_module(model, module, linear)
+    return [name for name, _ in found]
