@@ -121,12 +121,12 @@ def linear_from_parts(
     """
     if x.shape[-1:] != (k,):
         raise ShapeError(f"x has the shape {list(x.shape)}; the weight is [{n}, {k}], so x's last dimension must be {k}")
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device != parts[0].device:
+        raise ShapeError(f"x is on {x.device}, the weight on {parts[0].device}; move one of them")
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if x.dtype not in DTYPES:
         raise ShapeError(f"x has the dtype {x.dtype}; expected fp32, bf16, fp16 or fp64")
-    if x.device != parts[0].device:
-        raise ShapeError(f"x is on {x.device}, the weight on {parts[0].device}; move one of them")
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))

@@ -17,7 +17,7 @@ from quantlib.errors import KernelError, QuantlibError
 from quantlib.formats import get_format
 from quantlib.formats.base import Format
 from quantlib.kernels import get_kernel
-from quantlib.nn import QuantLinear
+from quantlib.nn import QuantLinear, replace_module
 from quantlib.report import LayerReport, PatchReport
 from quantlib.selection import DEFAULT_SKIP, Spec, linear_layers, select_formats
 from quantlib.tensor import QuantizedTensor
@@ -114,6 +114,8 @@ def _check_kernel(
 ) -> None:
     shape = (layer.out_features, layer.in_features)
     where = layer.weight.device if device is None else torch.device(device)
+    if get_kernel(kernel).operation != "linear":
+        raise KernelError(f"kernel {kernel!r} does {get_kernel(kernel).operation}; a layer needs one that does linear")
     layout = dispatch.best_layout(fmt, shape, where, layer.weight.dtype, kernel)
     weight = QuantizedTensor(fmt, shape, {"codes": layer.weight}, layout)
     problem = dispatch.problem_of("linear", 1, weight, layer.weight.dtype, activations, where)
@@ -177,14 +179,6 @@ def _kernels(layer: QuantLinear) -> dict[int, str]:
 def _take_hooks(old: nn.Module, new: nn.Module) -> None:
     for attribute in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         getattr(new, attribute).update(getattr(old, attribute))
-
-
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` stands in the model, shared places included."""
-    for module in list(model.modules()):
-        for name, child in module._modules.items():
-            if child is old:
-                module._modules[name] = new
 
 
 @contextmanager

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from quantlib.checkpoints import native
 from quantlib.errors import CheckpointError
 from quantlib.formats import get_format
-from quantlib.nn import QuantLinear
+from quantlib.nn import QuantLinear, replace_module
 from quantlib.nn.linear import FORMAT_KEY
-from quantlib.patch import replace_module
 
 
 def save(model: nn.Module, path: str | Path, format: str = "native", tokenizer: Any = None) -> Path:
@@ -27,7 +26,8 @@ def save(model: nn.Module, path: str | Path, format: str = "native", tokenizer: 
     """
     if format != "native":
         raise CheckpointError(f"format {format!r} can't be written; known: native")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    named = model.named_modules(remove_duplicate=False)
+    layers = {name: module for name, module in named if isinstance(module, QuantLinear)}
     if not layers:
         raise CheckpointError("the model holds no QuantLinear; call quantlib.patch(model, spec) before quantlib.save")
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(FORMAT_KEY)}
@@ -36,7 +36,11 @@ def save(model: nn.Module, path: str | Path, format: str = "native", tokenizer: 
         raise CheckpointError(f"{meta[0]} and {len(meta) - 1} more tensors are on the meta device and hold no data")
     target = Path(path)
     with native.atomic_directory(target) as directory:
-        manifest = {"layers": {name: _describe(layer) for name, layer in layers.items()}, "class": type(model).__name__}
+        manifest = {
+            "class": type(model).__name__,
+            "layers": {name: _describe(layer) for name, layer in layers.items()},
+            "computed_buffers": _computed_buffers(model),
+        }
         native.write(directory, state, manifest)
         for companion in (getattr(model, "config", None), getattr(model, "generation_config", None), tokenizer):
             write = getattr(companion, "save_pretrained", None)
@@ -54,6 +58,13 @@ def _describe(layer: QuantLinear) -> dict[str, Any]:
         "activations": layer.activations,
         "kernel": layer.kernel,
     }
+
+
+def _computed_buffers(model: nn.Module) -> dict[str, str]:
+    """Name -> dtype of the float buffers that a model computes and does not save (rotary tables): their dtype was the user's."""
+    saved = model.state_dict()
+    floats = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point() and name not in saved}
+    return {name: str(buffer.dtype).removeprefix("torch.") for name, buffer in floats.items()}
 
 
 def load(path: str | Path, device: torch.device | str = "cpu", model: nn.Module | None = None) -> nn.Module:
@@ -79,9 +90,15 @@ def load(path: str | Path, device: torch.device | str = "cpu", model: nn.Module 
     for name, entry in manifest["layers"].items():
         n, k = entry["shape"]
         dtype = getattr(torch, entry["dtype"])
-        new = QuantLinear(k, n, entry["bias"], formats[name], "meta", dtype, entry["activations"], entry["kernel"])
-        replace_module(target, target.get_submodule(name), new)
+        old = target.get_submodule(name)
+        if not isinstance(old, QuantLinear):
+            new = QuantLinear(k, n, entry["bias"], formats[name], "meta", dtype, entry["activations"], entry["kernel"])
+            replace_module(target, old, new)
     target.load_state_dict(tensors, strict=True, assign=True)
+    for name, dtype_name in manifest["computed_buffers"].items():
+        module_name, _, buffer_name = name.rpartition(".")
+        owner = target.get_submodule(module_name)
+        owner._buffers[buffer_name] = target.get_buffer(name).to(getattr(torch, dtype_name))
     tie: Any = getattr(target, "tie_weights", None)
     if tie is not None:
         tie()

@@ -120,9 +120,30 @@ def _plane(rows, k, columns, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.c
     loaded = loaded.to(tl.uint32)
     if PER_BYTE == 1:
         return loaded
-    shift = (tl.arange(0, PER_BYTE) * WIDTH).to(tl.uint32)
-    fields = (loaded[:, :, None] >> shift[None, None, :]) & ((1 << WIDTH) - 1)
-    return tl.reshape(fields, (ROWS, COLS))
+    return tl.reshape(_fields(loaded, WIDTH, PER_BYTE), (ROWS, COLS))
+
+
+@triton.jit
+def _fields(packed, WIDTH: tl.constexpr, COUNT: tl.constexpr):
+    """packed uint32 [A, B], COUNT fields of WIDTH bits in each, low first -> [A, B * COUNT].
+
+    Halves of the fields are joined again and again, so that all fields of a byte stay in the thread that loaded it.
+    """
+    if COUNT == 1:
+        return packed & ((1 << WIDTH) - 1)
+    # Even fields sit at twice the distance; so do the odd ones, one field further up.
+    even = _strided(packed, WIDTH, COUNT // 2, 2 * WIDTH)
+    odd = _strided(packed >> WIDTH, WIDTH, COUNT // 2, 2 * WIDTH)
+    return tl.reshape(tl.join(even, odd), (packed.shape[0], packed.shape[1] * COUNT))
+
+
+@triton.jit
+def _strided(packed, WIDTH: tl.constexpr, COUNT: tl.constexpr, STRIDE: tl.constexpr):
+    if COUNT == 1:
+        return packed & ((1 << WIDTH) - 1)
+    even = _strided(packed, WIDTH, COUNT // 2, 2 * STRIDE)
+    odd = _strided(packed >> STRIDE, WIDTH, COUNT // 2, 2 * STRIDE)
+    return tl.reshape(tl.join(even, odd), (packed.shape[0], packed.shape[1] * COUNT))
 
 
 @triton.jit

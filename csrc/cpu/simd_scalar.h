@@ -35,12 +35,8 @@ inline Floats number(Ints a) { return __builtin_convertvector(a, Floats); }
 template <int WIDTH>
 inline void unpack(const uint8_t* from, Ints* codes) {
     constexpr int PER_BYTE = 8 / WIDTH;
-    for (int v = 0; v < 8; ++v) {
-        for (int lane = 0; lane < LANES; ++lane) {
-            const int column = v * LANES + lane;
-            codes[v][lane] = from[column / PER_BYTE] >> (column % PER_BYTE * WIDTH);
-        }
-    }
+    const auto code = [from](int column) { return from[column / PER_BYTE] >> (column % PER_BYTE * WIDTH); };
+    for (int v = 0; v < 8; ++v) codes[v] = Ints{code(4 * v), code(4 * v + 1), code(4 * v + 2), code(4 * v + 3)};
 }
 
 // Look-ups

@@ -24,7 +24,7 @@ from quantlib.formats.block import Block
 from quantlib.formats.codecs import Codec, decode
 from quantlib.formats.effective import Effective
 from quantlib.formats.packing import granule, pack, packed_width, unpack
-from quantlib.formats.scales import Parts, PartSpec, Scale
+from quantlib.formats.scales import DoubleQuantScale, Parts, PartSpec, Scale
 
 Zero = Literal["none", "integer", "minimum"]
 Search = Literal["absmax", "mse"]
@@ -139,7 +139,8 @@ class Format:
         parts = self.scale.store(scale, minimum, shared)
         if zero is not None:
             parts["zeros"] = zero.to(torch.uint8)
-        return parts
+        # A clone, because `contiguous` leaves odd strides in dimensions of size one, and parts are viewed as bytes.
+        return {name: part.clone(memory_format=torch.contiguous_format) for name, part in parts.items()}
 
     def slabs(self, weight: Tensor, elements: int = 1 << 21) -> list[tuple[int, int, Tensor]]:
         """(start, stop, weight[start:stop]) over whole block rows, about `elements` weights each, to bound memory."""
@@ -178,7 +179,8 @@ class Format:
         if numbers.minimum is not None:
             blocks = blocks + numbers.minimum[..., None]
         nonzero = torch.where(scale == 0, torch.ones_like(scale), scale)
-        x = blocks * (1 / nonzero) if self.reciprocal else blocks / nonzero
+        # A subnormal scale has no finite reciprocal; bitsandbytes bounds it in the same way.
+        x = blocks * (1 / nonzero.clamp(min=1e-38)) if self.reciprocal else blocks / nonzero
         if (scale == 0).any():
             x = torch.where(scale == 0, torch.zeros_like(x), x)
         return self.codec.encode(x if numbers.zero is None else x + numbers.zero[..., None])
@@ -195,12 +197,22 @@ class Format:
         """weight [n, k], float -> packed `codes` uint8 of the rows layout, given the fitted parts."""
         n, k = weight.shape
         numbers = self.effective(parts)
+        if isinstance(self.scale, DoubleQuantScale):
+            numbers = Effective(self.scale.before_rounding(self._absmax(weight) / self.codec.divisor, parts))
         packed = torch.empty(self.specs(n, k)["codes"].shape, dtype=torch.uint8, device=weight.device)
         for start, stop, slab in self.slabs(weight):
             padded = self._pad(slab).to(torch.float32)
             codes = self.encode_blocks(self.block.split(padded), self._block_rows(numbers, start, stop))
             packed[start:stop] = pack(self.block.merge(codes, *padded.shape), self.codec.bits)
         return packed
+
+    def _absmax(self, weight: Tensor) -> Tensor:
+        """fp32 [R, G]: the largest magnitude of every block of weight [n, k]."""
+        grids = []
+        for _, _, slab in self.slabs(weight):
+            low, high = torch.aminmax(self.block.split(self._pad(slab)), dim=-1)
+            grids.append(torch.maximum(-low, high).to(torch.float32))
+        return torch.cat(grids) if grids else torch.zeros(self.grid(*weight.shape), device=weight.device)
 
     def decode_slabs(self, parts: Parts, n: int, k: int) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, fp32 rows start..stop of the weight [n, k]) over slabs that bound memory, from the rows layout."""

@@ -13,7 +13,7 @@ from torch.nn import functional
 class Block:
     """`rows` x `cols` weights share one scale; None means the whole dimension.
 
-    Block(1, 128) is group-wise, Block(1, None) per output channel, Block(None, None) per tensor, Block(128, 128) two-dimensional.
+    Block(1, 128) is group-wise, Block(1, None) per output channel, Block(None, None) per tensor, Block(128, 128) 2-D.
     """
 
     rows: int | None
@@ -35,9 +35,10 @@ class Block:
         return weight.reshape(down, rows, across, cols).permute(0, 2, 1, 3).reshape(down, across, rows * cols)
 
     def merge(self, blocks: Tensor, n: int, k: int) -> Tensor:
-        """The inverse of `split`: [R, G, B] -> [n, k]."""
-        down, across, _ = blocks.shape
-        rows, cols = self.rows or max(n, 1), self.cols or max(k, 1)
+        """The inverse of `split`: [R, G, B] -> [n, k]; where rows were padded before the split, k cuts the padding off."""
+        down, across, size = blocks.shape
+        rows = self.rows or max(n, 1)
+        cols = self.cols or size // rows
         if rows == 1:
             return blocks.reshape(n, across * cols)[:, :k]
         tiles = blocks.reshape(down, across, rows, cols).permute(0, 2, 1, 3)

@@ -130,8 +130,8 @@ def _order(order: tuple[int, ...], device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class _Cells:
-    """bucketize for a short list of midpoints at a fifth of its time: the line is cut into equal cells so narrow that none holds
-    two midpoints; a number's rank is that of its cell's lower edge, plus one where the number lies above the cell's midpoint.
+    """bucketize for a short list of midpoints at a fraction of its time: the line is cut into equal cells so narrow that none
+    holds two midpoints; a number's rank is that of its cell's lower edge, plus one where it lies above the cell's midpoint.
     Exact, because the cell is a monotonic function of the number, computed alike for the midpoints."""
 
     low: float

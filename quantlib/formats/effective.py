@@ -10,7 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Effective:
-    """fp32 [R, G]: scale and, where the format has them, zero (an integer) and minimum: w = (value - zero) * scale - minimum."""
+    """fp32 [R, G]: scale and, where the format has them, zero (an integer) and minimum:
+
+    w = (value - zero) * scale - minimum
+    """
 
     scale: Tensor
     zero: Tensor | None = None
@@ -24,7 +27,11 @@ class Effective:
 
     def reshape(self, *shape: int) -> Effective:
         """The same numbers in another shape."""
-        return Effective(*(None if t is None else t.reshape(*shape) for t in (self.scale, self.zero, self.minimum)))
+
+        def shaped(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.reshape(shape)
+
+        return Effective(self.scale.reshape(shape), shaped(self.zero), shaped(self.minimum))
 
     @staticmethod
     def cat(fits: list[Effective]) -> Effective:

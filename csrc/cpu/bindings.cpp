@@ -1,0 +1,193 @@
+// The Python face of the CPU kernels. Tensors cross as addresses, shapes and strides, so that one build serves every torch.
+// Callers (quantlib/kernels/cpu.py) check shapes and keep the tensors alive; words that name kinds are checked here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "dispatch.h"
+#include "types.h"
+
+namespace py = pybind11;
+using namespace quantlib::cpu;
+
+namespace {
+
+// The words that cross the border, each written once.
+constexpr std::pair<const char*, DType> DTYPES[] = {
+    {"float32", DType::float32}, {"bfloat16", DType::bfloat16}, {"float16", DType::float16}};
+constexpr std::pair<const char*, CodecKind> CODECS[] = {
+    {"table", CodecKind::table}, {"affine", CodecKind::affine}, {"e4m3", CodecKind::e4m3}, {"e5m2", CodecKind::e5m2}};
+constexpr std::pair<const char*, ScaleKind> SCALES[] = {{"float", ScaleKind::number},
+                                                        {"e4m3_global", ScaleKind::e4m3_global},
+                                                        {"e8m0", ScaleKind::e8m0},
+                                                        {"double", ScaleKind::double_quant},
+                                                        {"super", ScaleKind::super}};
+
+template <class Kind, size_t COUNT>
+Kind parse(const std::pair<const char*, Kind> (&words)[COUNT], const std::string& word) {
+    std::string known;
+    for (const auto& [name, kind] : words) {
+        if (word == name) return kind;
+        known += (known.empty() ? "" : ", ") + std::string(name);
+    }
+    throw std::invalid_argument("unknown kind " + word + ": expected one of " + known);
+}
+
+template <class Kind, size_t COUNT>
+std::vector<std::string> names(const std::pair<const char*, Kind> (&words)[COUNT]) {
+    std::vector<std::string> all;
+    for (const auto& each : words) all.emplace_back(each.first);
+    return all;
+}
+
+void fill(float (&table)[256], const std::vector<float>& values, const char* what) {
+    if (values.empty() || 256 % values.size() != 0) {
+        throw std::invalid_argument(std::string(what) + ": the number of values must be a power of two up to 256");
+    }
+    for (size_t i = 0; i < 256; ++i) table[i] = values[i % values.size()];
+}
+
+int piece_of(int64_t block_cols) {
+    for (int piece : {32, 16, 8}) {
+        if (block_cols % piece == 0) return piece;
+    }
+    throw std::invalid_argument("a block must span a multiple of 8 columns, found " + std::to_string(block_cols));
+}
+
+struct PlanArguments {
+    int64_t n, k, padded_k;
+    int bits;
+    std::string codec;
+    float offset;
+    std::vector<float> values;
+    int64_t block_rows, block_cols, blocks_across;
+    std::string scale, scale_dtype;
+    int super_bits, super_count;
+    float super_offset;
+    std::vector<float> scale_values;
+    bool has_zero, has_minimum;
+};
+
+Plan make_plan(const PlanArguments& a) {
+    if (a.bits < 1 || a.bits > 8) throw std::invalid_argument("bits must lie in 1..8, found " + std::to_string(a.bits));
+    if (a.n < 0 || a.k < 0 || a.padded_k < a.k) throw std::invalid_argument("impossible n, k or padded_k");
+    Plan plan = {};
+    plan.n = a.n, plan.k = a.k, plan.padded_k = a.padded_k, plan.bits = a.bits;
+    plan.codec = parse(CODECS, a.codec);
+    if ((plan.codec == CodecKind::e4m3 || plan.codec == CodecKind::e5m2) && a.bits != 8) {
+        throw std::invalid_argument(a.codec + " has 8 bits, found " + std::to_string(a.bits));
+    }
+    if (a.values.size() != size_t(1) << a.bits) throw std::invalid_argument("values must hold one number per code");
+    plan.offset = a.offset;
+    fill(plan.values, a.values, "values");
+    plan.block_rows = a.block_rows, plan.block_cols = a.block_cols, plan.blocks_across = a.blocks_across;
+    plan.piece = piece_of(a.block_cols);
+    plan.scale = parse(SCALES, a.scale);
+    plan.scale_dtype = parse(DTYPES, a.scale_dtype);
+    plan.super_bits = a.super_bits, plan.super_count = a.super_count, plan.super_offset = a.super_offset;
+    if (plan.scale == ScaleKind::super && (a.super_count < 1 || a.super_bits < 1 || a.super_bits > 8)) {
+        throw std::invalid_argument("super scales need 1..8 bits and a positive count");
+    }
+    if (plan.scale == ScaleKind::double_quant) fill(plan.scale_values, a.scale_values, "scale_values");
+    plan.has_zero = a.has_zero, plan.has_minimum = a.has_minimum;
+    return plan;
+}
+
+template <class T>
+const T* address(const py::dict& parts, const char* name, bool needed) {
+    if (!parts.contains(name)) {
+        if (needed) throw std::invalid_argument(std::string("part ") + name + " is missing");
+        return nullptr;
+    }
+    return reinterpret_cast<const T*>(parts[name].cast<uintptr_t>());
+}
+
+Parts make_parts(const Plan& plan, const py::dict& parts) {
+    const bool super = plan.scale == ScaleKind::super, twice = plan.scale == ScaleKind::double_quant;
+    return {address<uint8_t>(parts, "codes", true),
+            address<uint8_t>(parts, "scales", true),
+            address<uint8_t>(parts, "minima", plan.has_minimum),
+            address<uint8_t>(parts, "zeros", plan.has_zero),
+            address<float>(parts, "global_scale", plan.scale == ScaleKind::e4m3_global),
+            address<float>(parts, "scale_absmax", twice),
+            address<float>(parts, "scale_offset", twice),
+            address<uint8_t>(parts, "super_scales", super),
+            address<uint8_t>(parts, "super_minima", super && plan.has_minimum)};
+}
+
+void linear(const Plan& plan, const py::dict& parts, int64_t m, const std::string& dtype, uintptr_t x, int64_t x_row_stride,
+            int64_t x_column_stride, uintptr_t bias, uintptr_t y, int threads) {
+    const LinearCall call = {&plan,         make_parts(plan, parts),
+                             m,             parse(DTYPES, dtype),
+                             reinterpret_cast<const void*>(x),
+                             x_row_stride,  x_column_stride,
+                             reinterpret_cast<const float*>(bias),
+                             reinterpret_cast<void*>(y),
+                             threads};
+    const Kernels& chosen = kernels();
+    py::gil_scoped_release release;
+    if (!chosen.linear(call)) throw std::bad_alloc();
+}
+
+void dequantize(const Plan& plan, const py::dict& parts, int64_t row_start, int64_t row_stop, const std::string& dtype,
+                uintptr_t out, int threads) {
+    if (row_start < 0 || row_stop < row_start || row_stop > plan.n) throw std::invalid_argument("rows out of range");
+    const DequantizeCall call = {&plan,    make_parts(plan, parts), row_start, row_stop, parse(DTYPES, dtype),
+                                 reinterpret_cast<void*>(out), threads};
+    const Kernels& chosen = kernels();
+    py::gil_scoped_release release;
+    if (!chosen.dequantize(call)) throw std::bad_alloc();
+}
+
+py::dict build_info() {
+    py::dict info;
+    info["isas"] = available_isas();
+    info["isa"] = isa();
+    info["compiler"] = QUANTLIB_COMPILER;
+#ifdef _OPENMP
+    info["openmp"] = true;
+#else
+    info["openmp"] = false;
+#endif
+    info["pybind11"] = PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_MINOR);
+    return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+    module.doc() = "CPU kernels of quantlib: packed weights of the rows layout";
+    choose_isa();
+
+    py::class_<Plan>(module, "Plan", "Everything about a weight of one format and shape except where its bytes lie.")
+        .def(py::init([](int64_t n, int64_t k, int64_t padded_k, int bits, const std::string& codec, float offset,
+                         const std::vector<float>& values, int64_t block_rows, int64_t block_cols, int64_t blocks_across,
+                         const std::string& scale, const std::string& scale_dtype, int super_bits, int super_count,
+                         float super_offset, const std::vector<float>& scale_values, bool has_zero, bool has_minimum) {
+                 return make_plan({n, k, padded_k, bits, codec, offset, values, block_rows, block_cols, blocks_across, scale,
+                                   scale_dtype, super_bits, super_count, super_offset, scale_values, has_zero, has_minimum});
+             }),
+             py::kw_only(), py::arg("n"), py::arg("k"), py::arg("padded_k"), py::arg("bits"), py::arg("codec"),
+             py::arg("offset"), py::arg("values"), py::arg("block_rows"), py::arg("block_cols"), py::arg("blocks_across"),
+             py::arg("scale"), py::arg("scale_dtype"), py::arg("super_bits"), py::arg("super_count"),
+             py::arg("super_offset"), py::arg("scale_values"), py::arg("has_zero"), py::arg("has_minimum"));
+
+    module.def("linear", &linear, py::arg("plan"), py::arg("parts"), py::arg("m"), py::arg("dtype"), py::arg("x"),
+               py::arg("x_row_stride"), py::arg("x_column_stride"), py::arg("bias"), py::arg("y"), py::arg("threads"),
+               "y[m, n] = x[m, k] W^T + bias; addresses of x, bias (fp32, or 0) and y, the latter contiguous.");
+    module.def("dequantize", &dequantize, py::arg("plan"), py::arg("parts"), py::arg("row_start"), py::arg("row_stop"),
+               py::arg("dtype"), py::arg("out"), py::arg("threads"),
+               "W[row_start:row_stop] in `dtype` at the address `out`, contiguous.");
+    module.def("isa", &isa, "The instruction set that runs.");
+    module.def("available_isas", &available_isas, "The sets that this build and this machine have, slowest first.");
+    module.def("set_isa", &set_isa, py::arg("name"), "Choose an available set (for tests and comparisons).");
+    module.def("build_info", &build_info, "What was built: isas, isa, compiler, openmp, pybind11.");
+    module.attr("DTYPES") = py::cast(names(DTYPES));
+    module.attr("CODECS") = py::cast(names(CODECS));
+    module.attr("SCALES") = py::cast(names(SCALES));
+}

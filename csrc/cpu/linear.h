@@ -1,0 +1,147 @@
+// y[M, N] = x[M, K] W^T + bias for few rows of x: weights are decoded in fp32 and never rounded, products and sums are fp32.
+//
+// Threads split the rows of W. Within a row the order of additions is fixed: vectors of x*w go to two chains by turns, the chains
+// are added, then the lanes. It depends neither on the number of threads nor on M, so a row of y has the same bits in any batch.
+//
+//     M = 1   a row of W goes from its packed bytes into the two chains without leaving the registers
+//     M > 1   ROWS rows x BLOCK columns are decoded into the first-level cache, then multiplied with two rows of x at a time:
+//             x comes from the second-level cache, and each load of it serves ROWS rows
+#pragma once
+
+#include "rows.h"
+
+namespace quantlib::cpu::QUANTLIB_ISA {
+
+constexpr int ROWS = LANES == 16 ? 4 : 2;  // chains of a tile: ROWS * 2 rows of x * 2, half of the registers
+constexpr int BLOCK = 256;                 // columns
+static_assert(BLOCK % CHUNK == 0 && VECTORS % 2 == 0);
+
+// chains[r * chains_stride + m * 2 + parity] += weights[r] * x[m], over `columns` columns (whole chunks).
+template <int R, int M>
+void tile(const float* weights, const float* x, int64_t x_stride, int64_t columns, float* chains, int64_t chains_stride) {
+    Floats chain[R][M][2];
+    for (int r = 0; r < R; ++r) {
+        for (int i = 0; i < 2 * M; ++i) chain[r][i / 2][i % 2] = load(chains + (r * chains_stride + i) * LANES);
+    }
+    for (int64_t column = 0; column < columns; column += 2 * LANES) {
+        for (int parity = 0; parity < 2; ++parity) {
+            const int64_t at = column + parity * LANES;
+            Floats w[R];
+            for (int r = 0; r < R; ++r) w[r] = load(weights + r * BLOCK + at);
+            for (int m = 0; m < M; ++m) {
+                const Floats a = load(x + m * x_stride + at);
+                for (int r = 0; r < R; ++r) chain[r][m][parity] = multiply_add(w[r], a, chain[r][m][parity]);
+            }
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        for (int i = 0; i < 2 * M; ++i) store(chains + (r * chains_stride + i) * LANES, chain[r][i / 2][i % 2]);
+    }
+}
+
+template <int R>
+void multiply_block(const float* weights, const float* x, int64_t x_stride, int64_t m, int64_t columns, float* chains) {
+    int64_t i = 0;
+    for (; i + 2 <= m; i += 2) {
+        tile<R, 2>(weights, x + i * x_stride, x_stride, columns, chains + i * 2 * LANES, 2 * m);
+    }
+    if (i < m) tile<R, 1>(weights, x + i * x_stride, x_stride, columns, chains + i * 2 * LANES, 2 * m);
+}
+
+inline float total(Floats even, Floats odd) { return sum(add(even, odd)); }
+
+struct LinearWork {
+    const LinearCall& call;
+    const float* x;  // fp32 [m, columns]
+    int64_t columns;  // k rounded up to whole chunks; x is zero beyond k
+    DecodeLoop<DotSink> dot_loop;
+    DecodeLoop<StoreSink> store_loop;
+
+    inline void write(int64_t row, int64_t count, int64_t m, float* sums) const {
+        if (call.bias != nullptr) {
+            for (int64_t r = 0; r < count; ++r) sums[r] += call.bias[row + r];
+        }
+        uint8_t* y = static_cast<uint8_t*>(call.y);
+        write_numbers(call.dtype, sums, count, y + (m * call.plan->n + row) * item_size(call.dtype));
+    }
+
+    // M = 1
+    inline void one_row(int64_t row, const RowNumbers& numbers) const {
+        expand_row(*call.plan, call.parts, row, numbers);
+        const Row weights(*call.plan, call.parts, row, numbers);
+        DotSink sink{x, {zero(), zero()}};
+        weights.decode(dot_loop, 0, columns / CHUNK, sink);
+        float value = total(sink.chain[0], sink.chain[1]);
+        write(row, 1, 0, &value);
+    }
+
+    // R rows of W with every row of x. `decoded`: R * BLOCK floats; `chains`: R * m * 2 vectors.
+    template <int R>
+    inline void several_rows(int64_t row, const RowNumbers* numbers, float* decoded, float* chains) const {
+        const Plan& plan = *call.plan;
+        memset(chains, 0, R * call.m * 2 * LANES * sizeof(float));
+        for (int r = 0; r < R; ++r) expand_row(plan, call.parts, row + r, numbers[r]);
+        for (int64_t start = 0; start < columns; start += BLOCK) {
+            const int64_t stop = least(start + BLOCK, columns);
+            for (int r = 0; r < R; ++r) {
+                StoreSink sink{decoded + r * BLOCK};
+                const Row weights(plan, call.parts, row + r, numbers[r]);
+                weights.decode(store_loop, start / CHUNK, stop / CHUNK, sink);
+            }
+            multiply_block<R>(decoded, x + start, columns, call.m, stop - start, chains);
+        }
+        for (int64_t m = 0; m < call.m; ++m) {
+            float sums[R];
+            for (int r = 0; r < R; ++r) {
+                const float* at = chains + (r * call.m + m) * 2 * LANES;
+                sums[r] = total(load(at), load(at + LANES));
+            }
+            write(row, R, m, sums);
+        }
+    }
+};
+
+inline bool linear(const LinearCall& call) {
+    const Plan& plan = *call.plan;
+    if (call.m == 0 || plan.n == 0) return true;
+    const int64_t columns = round_up(plan.k, CHUNK);
+    const int threads = useful_threads(plan.n * columns * call.m, call.threads);
+    const int64_t numbers_floats = round_up(numbers_size(plan), LANES);
+    const int64_t chain_floats = ROWS * call.m * 2 * LANES;
+    const int64_t thread_floats = ROWS * (numbers_floats + BLOCK) + chain_floats;
+    const Scratch x(call.m * columns), scratch(threads * thread_floats);
+    if (x.floats == nullptr || scratch.floats == nullptr) return false;
+
+    for (int64_t m = 0; m < call.m; ++m) {
+        const uint8_t* from = static_cast<const uint8_t*>(call.x) + m * call.x_row_stride * item_size(call.dtype);
+        float* to = x.floats + m * columns;
+        read_strided(call.dtype, from, call.x_column_stride, plan.k, to);
+        memset(to + plan.k, 0, (columns - plan.k) * sizeof(float));
+    }
+
+    const LinearWork work{call, x.floats, columns, pick_loop<DotSink>(plan), pick_loop<StoreSink>(plan)};
+    const int64_t step = call.m == 1 ? 1 : ROWS;
+    const int64_t steps = (plan.n + step - 1) / step;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int part = 0; part < threads; ++part) {
+        float* memory = scratch.floats + part * thread_floats;
+        RowNumbers numbers[ROWS];
+        for (int r = 0; r < ROWS; ++r) numbers[r] = carve_numbers(plan, memory + r * numbers_floats);
+        float* decoded = memory + ROWS * numbers_floats;
+        for (int64_t s = steps * part / threads; s < steps * (part + 1) / threads; ++s) {
+            const int64_t row = s * step;
+            if (call.m == 1) {
+                work.one_row(row, numbers[0]);
+            } else if (row + ROWS <= plan.n) {
+                work.template several_rows<ROWS>(row, numbers, decoded, decoded + ROWS * BLOCK);
+            } else {
+                for (int64_t r = row; r < plan.n; ++r) {
+                    work.template several_rows<1>(r, numbers, decoded, decoded + ROWS * BLOCK);
+                }
+            }
+        }
+    }
+    return true;
+}
+
+}  // namespace quantlib::cpu::QUANTLIB_ISA

@@ -1,0 +1,96 @@
+// One weight row as a stream of chunks, and each thread's scratch memory for it.
+#pragma once
+
+#include "codes.h"
+
+namespace quantlib::cpu::QUANTLIB_ISA {
+
+inline int plane_of(int bits, int index) {
+    switch (bits) {
+        case 3: return index == 0 ? 2 : index == 1 ? 1 : 0;
+        case 5: return index == 0 ? 4 : index == 1 ? 1 : 0;
+        case 6: return index == 0 ? 4 : index == 1 ? 2 : 0;
+        case 7: return index == 0 ? 4 : index == 1 ? 2 : 1;
+        default: return index == 0 ? bits : 0;
+    }
+}
+
+// Decodes one row, k rounded up to whole chunks; what comes out beyond column k is finite and means nothing.
+// `numbers` have been filled by expand_row for this row.
+class Row {
+  public:
+    Row(const Plan& plan, const Parts& parts, int64_t row, const RowNumbers& numbers)
+        : plan_(plan), numbers_(numbers), whole_(plan.padded_k / CHUNK) {
+        const uint8_t* at = parts.codes + row * (plan.padded_k * plan.bits / 8);
+        for (int i = 0; i < 3; ++i) {
+            planes_.plane[i] = at;
+            at += plan.padded_k * plane_of(plan.bits, i) / 8;
+        }
+    }
+
+    // Decode chunks start..stop into the sink, which counts chunks from `start`. A sink serves one call.
+    template <class Sink>
+    inline void decode(DecodeLoop<Sink> loop, int64_t start, int64_t stop, Sink& sink) const {
+        const int64_t inside = least(stop, whole_);
+        if (start < inside) loop(plan_, planes_from(start), numbers_from(start), inside - start, sink);
+        if (most(start, inside) < stop) decode_tail(loop, start, sink);
+    }
+
+  private:
+    const Plan& plan_;
+    const RowNumbers numbers_;
+    const int64_t whole_;  // chunks that lie inside the stored codes
+    Planes planes_;
+
+    inline Planes planes_from(int64_t chunk) const {
+        Planes moved = planes_;
+        for (int i = 0; i < 3; ++i) moved.plane[i] += chunk * (CHUNK * plane_of(plan_.bits, i) / 8);
+        return moved;
+    }
+
+    inline RowNumbers numbers_from(int64_t chunk) const {
+        const int64_t pieces = chunk * (CHUNK / plan_.piece);
+        return {numbers_.scale + pieces, numbers_.zero + pieces, numbers_.minimum + pieces, nullptr};
+    }
+
+    // The last chunk where the stored row ends inside it: decoded from a copy, so that no byte beyond the row is read.
+    template <class Sink>
+    inline void decode_tail(DecodeLoop<Sink> loop, int64_t start, Sink& sink) const {
+        uint8_t copy[3][CHUNK] = {};
+        const Planes from = planes_from(whole_);
+        for (int i = 0; i < 3; ++i) {
+            const int width = plane_of(plan_.bits, i);
+            memcpy(copy[i], from.plane[i], (plan_.padded_k - whole_ * CHUNK) * width / 8);
+        }
+        sink.skip(whole_ - start);
+        loop(plan_, Planes{{copy[0], copy[1], copy[2]}}, numbers_from(whole_), 1, sink);
+    }
+};
+
+// Floats that one row's numbers take.
+inline int64_t numbers_size(const Plan& plan) { return 4 * row_capacity(plan); }
+
+// Carve a row's numbers out of `memory`; what the format lacks stays zero.
+inline RowNumbers carve_numbers(const Plan& plan, float* memory) {
+    const int64_t capacity = row_capacity(plan);
+    memset(memory, 0, numbers_size(plan) * sizeof(float));
+    return {memory, memory + capacity, memory + 2 * capacity, memory + 3 * capacity};
+}
+
+// 64-byte aligned floats, freed at the end of the scope; null where memory is out.
+struct Scratch {
+    float* floats;
+    explicit Scratch(int64_t count)
+        : floats(static_cast<float*>(aligned_alloc(64, round_up(most(count, 1) * int64_t(sizeof(float)), 64)))) {}
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    ~Scratch() { free(floats); }
+};
+
+// A thread costs microseconds to wake: none for less than about `grain` multiplications.
+inline int useful_threads(int64_t work, int threads) {
+    constexpr int64_t grain = 1 << 16;
+    return int(most(1, least(threads, work / grain)));
+}
+
+}  // namespace quantlib::cpu::QUANTLIB_ISA

@@ -1,0 +1,133 @@
+// The fp32 scale, zero and minimum of one weight row, expanded to one number per piece of `plan.piece` columns, so that the
+// decoding loop knows nothing of block sizes and scale kinds. Each number is computed as quantlib/formats/scales.py does.
+#pragma once
+
+#include "convert.h"
+
+namespace quantlib::cpu::QUANTLIB_ISA {
+
+// One row's numbers. `minimum` and `zero` hold zeros where the format has none and the other one exists: x - 0 is x.
+struct RowNumbers {
+    float* scale;
+    float* zero;
+    float* minimum;
+    float* blocks;  // scratch: one number per block
+};
+
+inline int64_t pieces_of(const Plan& plan) { return round_up(plan.k, CHUNK) / plan.piece; }
+
+// Room for every block of a row and for every piece, with a vector to spare.
+inline int64_t row_capacity(const Plan& plan) {
+    return round_up(most(pieces_of(plan), plan.blocks_across) + CHUNK, CHUNK);
+}
+
+inline void read_e4m3(const uint8_t* codes, int64_t count, float* to) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(to + i, load_e4m3(codes + i));
+    if (i < count) {
+        uint8_t run[16] = {};
+        float values[LANES];
+        memcpy(run, codes + i, count - i);
+        store(values, load_e4m3(run));
+        memcpy(to + i, values, (count - i) * sizeof(float));
+    }
+}
+
+inline void read_e8m0(const uint8_t* codes, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t bits = uint32_t(codes[i]) << 23;
+        bits = codes[i] == 0 ? 1u << 22 : bits;  // 2^-127 is subnormal
+        bits = codes[i] == 255 ? 0x7FC00000u : bits;
+        memcpy(to + i, &bits, 4);
+    }
+}
+
+inline void read_double_quant(const Plan& plan, const Parts& parts, int64_t block_row, float* to) {
+    const int64_t first = block_row * plan.blocks_across;
+    const float offset = *parts.scale_offset;
+    for (int64_t g = 0; g < plan.blocks_across; ++g) {
+        const float step = plan.scale_values[parts.scales[first + g]] * parts.scale_absmax[(first + g) >> 8];
+        to[g] = step + offset;
+    }
+}
+
+// Code `index` of a row of `count` codes of `bits` bits, packed in planes.
+inline uint32_t packed_code(const uint8_t* row, int bits, int64_t count, int64_t index) {
+    uint32_t code = 0;
+    int shift = 0;
+    for (int width = 4; width >= 1; width /= 2) {
+        if (!(bits & width)) continue;
+        const int per_byte = 8 / width;
+        code |= uint32_t(row[index / per_byte] >> (index % per_byte * width) & ((1 << width) - 1)) << shift;
+        row += count / per_byte;
+        shift += width;
+    }
+    return code;
+}
+
+inline void read_super(const Plan& plan, const uint8_t* codes, const uint8_t* units, int64_t block_row, float* to) {
+    const int64_t across = plan.blocks_across, supers = across / plan.super_count;
+    const uint8_t* row = codes + block_row * ((across * plan.super_bits + 7) / 8);
+    const uint8_t* unit_row = units + block_row * supers * 2;
+    for (int64_t s = 0; s < supers; ++s) {
+        float unit;
+        read_numbers(DType::float16, unit_row + s * 2, 1, &unit);
+        for (int64_t g = s * plan.super_count; g < (s + 1) * plan.super_count; ++g) {
+            const uint32_t code = plan.super_bits == 8 ? row[g] : packed_code(row, plan.super_bits, across, g);
+            to[g] = (float(code) - plan.super_offset) * unit;
+        }
+    }
+}
+
+inline void read_scales(const Plan& plan, const Parts& parts, int64_t block_row, float* to) {
+    const int64_t across = plan.blocks_across, first = block_row * across;
+    switch (plan.scale) {
+        case ScaleKind::number:
+            return read_numbers(plan.scale_dtype, parts.scales + first * item_size(plan.scale_dtype), across, to);
+        case ScaleKind::e4m3_global:
+            read_e4m3(parts.scales + first, across, to);
+            for (int64_t g = 0; g < across; ++g) to[g] *= *parts.global_scale;
+            return;
+        case ScaleKind::e8m0:
+            return read_e8m0(parts.scales + first, across, to);
+        case ScaleKind::double_quant:
+            return read_double_quant(plan, parts, block_row, to);
+        case ScaleKind::super:
+            return read_super(plan, parts.scales, parts.super_scales, block_row, to);
+    }
+}
+
+inline void read_minima(const Plan& plan, const Parts& parts, int64_t block_row, float* to) {
+    if (plan.scale == ScaleKind::super) return read_super(plan, parts.minima, parts.super_minima, block_row, to);
+    const int64_t first = block_row * plan.blocks_across;
+    read_numbers(plan.scale_dtype, parts.minima + first * item_size(plan.scale_dtype), plan.blocks_across, to);
+}
+
+// One number per block -> one per piece; pieces beyond the last block get 0.
+inline void repeat_blocks(const Plan& plan, const float* blocks, float* pieces) {
+    const int64_t wanted = pieces_of(plan);
+    const int64_t repeats = plan.block_cols == 0 ? wanted : plan.block_cols / plan.piece;
+    int64_t p = 0;
+    for (int64_t g = 0; g < plan.blocks_across && p < wanted; ++g) {
+        for (const int64_t stop = least(p + repeats, wanted); p < stop; ++p) pieces[p] = blocks[g];
+    }
+    for (; p < wanted; ++p) pieces[p] = 0.0f;
+}
+
+// Fill `numbers` for weight row `row`.
+inline void expand_row(const Plan& plan, const Parts& parts, int64_t row, const RowNumbers& numbers) {
+    const int64_t block_row = plan.block_rows == 0 ? 0 : row / plan.block_rows;
+    read_scales(plan, parts, block_row, numbers.blocks);
+    repeat_blocks(plan, numbers.blocks, numbers.scale);
+    if (plan.has_zero) {
+        const uint8_t* zeros = parts.zeros + block_row * plan.blocks_across;
+        for (int64_t g = 0; g < plan.blocks_across; ++g) numbers.blocks[g] = float(zeros[g]);
+        repeat_blocks(plan, numbers.blocks, numbers.zero);
+    }
+    if (plan.has_minimum) {
+        read_minima(plan, parts, block_row, numbers.blocks);
+        repeat_blocks(plan, numbers.blocks, numbers.minimum);
+    }
+}
+
+}  // namespace quantlib::cpu::QUANTLIB_ISA
