@@ -29,7 +29,7 @@ def swap_nibbles(packed: torch.Tensor) -> torch.Tensor:
 
 
 def adversarial(dtype: torch.dtype) -> torch.Tensor:
-    """[96, 512]: a trained-like weight with zero rows, zero blocks, constants, ties of the code book, subnormals and huge values."""
+    """[96, 512]: trained-like, with zero rows, zero blocks, constants, ties of the code book, subnormals and huge values."""
     weight = random_weight(96, 512, torch.float32, seed=3)
     weight[0] = 0
     weight[1, 64:128] = 0
@@ -54,8 +54,7 @@ def adversarial(dtype: torch.dtype) -> torch.Tensor:
 def test_value_tables_are_those_of_bitsandbytes() -> None:
     for name, values in (("nf4", NF4_VALUES), ("fp4", FP4_VALUES)):
         theirs = functional.get_4bit_type(name, device="cpu")
-        # Code 0 and its negative twin of FP4 are both zero in either table; only the sign of that zero is free.
-        assert torch.equal(torch.tensor(values), theirs)
+        assert_same_bits(torch.tensor(values), theirs)
     assert_same_bits(torch.tensor(DYNAMIC_MAP.entries), functional.create_dynamic_map())
 
 
@@ -112,8 +111,8 @@ def test_decoding_equals_bitsandbytes_in_every_dtype(spec: str, dtype: torch.dty
 @pytest.mark.parametrize("numel", [65, 1001, 64 * 7 + 63, 33])
 def test_a_flattened_tensor_with_a_tail_equals_bitsandbytes(spec: str, numel: int) -> None:
     """Whole blocks are equal byte for byte. In the tail block bitsandbytes divides by absmax instead of multiplying by its
-    reciprocal; codes there may differ next to a boundary alone (none of these does), and the last, unpaired nibble holds the code
-    of a padding zero."""
+    reciprocal; codes there may differ next to a boundary alone (none of these does). The last, unpaired nibble is the code of
+    a padding zero."""
     weight = random_weight(1, numel, seed=5)
     parts = quantized(spec, weight)
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type=spec)

@@ -120,30 +120,26 @@ def _plane(rows, k, columns, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.c
     loaded = loaded.to(tl.uint32)
     if PER_BYTE == 1:
         return loaded
-    return tl.reshape(_fields(loaded, WIDTH, PER_BYTE), (ROWS, COLS))
+    # Joins keep all fields of a byte in the thread that loaded it.
+    if PER_BYTE == 2:
+        fields = _pair(loaded, WIDTH, WIDTH)
+    elif PER_BYTE == 4:
+        fields = _quad(loaded, WIDTH, WIDTH)
+    else:
+        fields = tl.join(_quad(loaded, 2 * WIDTH, WIDTH), _quad(loaded >> WIDTH, 2 * WIDTH, WIDTH))
+    return tl.reshape(fields, (ROWS, COLS))
 
 
 @triton.jit
-def _fields(packed, WIDTH: tl.constexpr, COUNT: tl.constexpr):
-    """packed uint32 [A, B], COUNT fields of WIDTH bits in each, low first -> [A, B * COUNT].
-
-    Halves of the fields are joined again and again, so that all fields of a byte stay in the thread that loaded it.
-    """
-    if COUNT == 1:
-        return packed & ((1 << WIDTH) - 1)
-    # Even fields sit at twice the distance; so do the odd ones, one field further up.
-    even = _strided(packed, WIDTH, COUNT // 2, 2 * WIDTH)
-    odd = _strided(packed >> WIDTH, WIDTH, COUNT // 2, 2 * WIDTH)
-    return tl.reshape(tl.join(even, odd), (packed.shape[0], packed.shape[1] * COUNT))
+def _pair(packed, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
+    """Two fields of WIDTH bits, STRIDE bits apart: [..., 2]."""
+    return tl.join(packed & ((1 << WIDTH) - 1), (packed >> STRIDE) & ((1 << WIDTH) - 1))
 
 
 @triton.jit
-def _strided(packed, WIDTH: tl.constexpr, COUNT: tl.constexpr, STRIDE: tl.constexpr):
-    if COUNT == 1:
-        return packed & ((1 << WIDTH) - 1)
-    even = _strided(packed, WIDTH, COUNT // 2, 2 * STRIDE)
-    odd = _strided(packed >> STRIDE, WIDTH, COUNT // 2, 2 * STRIDE)
-    return tl.reshape(tl.join(even, odd), (packed.shape[0], packed.shape[1] * COUNT))
+def _quad(packed, STRIDE: tl.constexpr, WIDTH: tl.constexpr):
+    """Four fields of WIDTH bits, STRIDE bits apart: [..., 2, 2], of which the last index is the low one."""
+    return tl.join(_pair(packed, 2 * STRIDE, WIDTH), _pair(packed >> STRIDE, 2 * STRIDE, WIDTH))
 
 
 @triton.jit

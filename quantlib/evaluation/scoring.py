@@ -224,10 +224,12 @@ def _evaluating(model: nn.Module | ReferenceLogits | None) -> Iterator[None]:
 
 
 def _progress(batches: Sequence[Tensor], show: bool, title: str) -> Iterator[Tensor]:
-    if not show:
-        yield from batches
-        return
+    """The batches, behind a progress bar where someone watches: in a log it would only be noise."""
     from rich.console import Console
     from rich.progress import track
 
-    yield from track(batches, description=title, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    if not (show and console.is_terminal):
+        yield from batches
+        return
+    yield from track(batches, description=title, console=console, transient=True)

@@ -37,7 +37,8 @@ NF4_VALUES = (
 )
 
 _FP4_MAGNITUDES = (0.0, 0.005208333333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
-FP4_VALUES = _FP4_MAGNITUDES + tuple(-value for value in _FP4_MAGNITUDES)
+# The zero of code 8 is positive, as in bitsandbytes' table.
+FP4_VALUES = _FP4_MAGNITUDES + tuple(0.0 - value for value in _FP4_MAGNITUDES)
 
 
 def codebook_format(name: str, table: Table, group_size: int | None = 64, double_quant: bool = False) -> Format:

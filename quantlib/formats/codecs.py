@@ -50,7 +50,7 @@ def decode(codec: Codec, codes: Tensor) -> Tensor:
         return codes.to(torch.float32).sub_(codec.offset)
     if isinstance(codec, Minifloat) and codec.torch_dtype is not None:
         return codes.view(codec.torch_dtype).to(torch.float32)
-    return _table(codec.entries, codes.device)[codes.to(torch.int32)]
+    return _table(codec.entries, codes.device).index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape)
 
 
 def nearest(codec: Codec, x: Tensor) -> Tensor:
@@ -142,13 +142,14 @@ class _Cells:
 
     @staticmethod
     def index(x: Tensor, low: float, per_unit: float) -> Tensor:
-        position = x.sub(low).mul_(per_unit)
-        return position.clamp_(0, _Cells.COUNT - 1).nan_to_num_(0.0).to(torch.int32)
+        position = x.sub(low).mul_(per_unit).clamp_(0, _Cells.COUNT - 1).to(torch.int32)
+        # A NaN passes the first clamp and becomes any integer.
+        return position.clamp_(0, _Cells.COUNT - 1)
 
     def rank(self, x: Tensor) -> Tensor:
         """x [n] -> int32 [n]: how many midpoints lie below each element."""
         cell = self.index(x, self.low, self.per_unit)
-        return self.base.index_select(0, cell) + (x > self.bound.index_select(0, cell))
+        return self.base.index_select(0, cell).add_(x > self.bound.index_select(0, cell))
 
 
 def _rank(x: Tensor, midpoints: tuple[float, ...]) -> Tensor:

@@ -133,7 +133,7 @@ def _find_word(spec: str, family: Family, text: str) -> tuple[Word, re.Match[str
 
 def group_word(keyword: str = "group_size") -> Word:
     """The word g64, g128 ...: how many weights of a row share a scale."""
-    return Word(r"g(-?\d+)", keyword, lambda match: int(match.group(1)), "g<N>")
+    return Word(r"g(\d+)", keyword, lambda match: int(match.group(1)), "g<N>")
 
 
 def check_group_size(family: str, group_size: Any) -> int | None:

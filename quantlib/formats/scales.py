@@ -93,7 +93,14 @@ class FloatScale:
         return {}
 
     def from_absmax(self, absmax: Tensor, divisor: float, shared: Parts) -> Tensor:
-        return self.round(absmax / divisor, shared)
+        """Rounded toward zero: on a symmetric integer grid absmax lies half a step outside, an exact tie that rounds outward.
+        Rounding the scale up breaks the tie inward, by a coin's toss per block (demo model, int4-g64: 22.35 against 21.81)."""
+        exact = absmax / divisor
+        stored = exact.to(self.dtype)
+        # A positive float's bits count upward with its value, so one less is the next float below; the smallest stays.
+        bits = stored.view(torch.int32 if self.dtype == torch.float32 else torch.int16)
+        above = (stored.to(torch.float32) > exact) & (bits > 1)
+        return (bits - above.to(bits.dtype)).view(self.dtype).to(torch.float32)
 
     def candidates(self, scale: Tensor, factors: tuple[float, ...], shared: Parts) -> list[Tensor]:
         return [self.round(scale * factor, shared) for factor in factors]
@@ -105,6 +112,11 @@ class FloatScale:
         parts = {"scales": scale.to(self.dtype)}
         if minimum is not None:
             parts["minima"] = minimum.to(self.dtype)
+        if not all(bool(torch.isfinite(part).all()) for part in parts.values()):
+            raise FormatError(
+                f"a scale does not fit {str(self.dtype).removeprefix('torch.')} (max {torch.finfo(self.dtype).max:.3g}); "
+                "choose a format with bf16 or fp32 scales"
+            )
         return parts
 
     def load(self, parts: Parts) -> tuple[Tensor, Tensor | None]:

@@ -6,10 +6,11 @@ imported: its own code wants llama.cpp, which is why it is installed with --no-d
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import io
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def import_transformers() -> Any:
     return transformers
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet_imports() -> Iterator[None]:
     """No warnings inside: transformers imports optional packages whose binary parts may not fit this machine."""
     before = logging.root.manager.disable
@@ -85,14 +86,14 @@ def _quiet_imports() -> Iterator[None]:
         logging.disable(before)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet_loading(transformers: Any) -> Iterator[None]:
-    """No warnings and no progress bars of transformers inside."""
+    """No warnings and no progress bars inside. The bar of the GGUF reader obeys no switch, hence the redirection."""
     bars = transformers.utils.logging
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
     try:
-        with _quiet_imports():
+        with _quiet_imports(), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         if shown:

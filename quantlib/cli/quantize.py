@@ -1,0 +1,76 @@
+"""`quantlib quantize`: a model in, a directory of packed weights out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantlib.cli.console import note, out
+from quantlib.cli.models import MODEL_HELP, check_dtype, load_model
+from quantlib.errors import CheckpointError, QuantlibError
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write. It appears whole or not at all.")],
+    spec: Annotated[
+        list[str],
+        typer.Option(
+            "--spec",
+            "-s",
+            help="A format ('nvfp4'), or several 'PATTERN=FORMAT' ('*.down_proj=int8', '*=nvfp4'; FORMAT may be 'none').",
+        ),
+    ],
+    skip: Annotated[list[str] | None, typer.Option(help="Leave layers that match. Default: lm_head.")] = None,
+    algorithm: Annotated[str, typer.Option(help="How scales and codes are chosen: 'rtn', 'rtn-mse'.")] = "rtn",
+    dtype: Annotated[str, typer.Option(help="Load in this dtype: auto, float32, bfloat16, float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where to quantize: cpu, cuda, cuda:1.")] = "cpu",
+) -> None:
+    """Quantize a model and save it: safetensors and JSON, no pickle."""
+    from quantlib.algorithms import get_algorithm
+    from quantlib.patch import patch
+    from quantlib.selection import DEFAULT_SKIP
+    from quantlib.serialization import save
+
+    # Everything that can be refused is refused before the model is read.
+    formats = parse_specs(spec)
+    get_algorithm(algorithm)
+    check_dtype(dtype)
+    _check_output(output)
+    loaded = load_model(model, dtype, device)
+    report = patch(loaded.model, formats, algorithm=algorithm, skip=DEFAULT_SKIP if skip is None else skip)
+    out.print(report)
+    note(f"writing {output}")
+    save(loaded.model, output, tokenizer=loaded.tokenizer)
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    out.print(f"wrote {output} ({size / 1e6:.1f} MB); read it with quantlib.load({str(output)!r})", highlight=False)
+
+
+def parse_specs(specs: list[str]) -> str | dict[str, str | None]:
+    """One format, or PATTERN=FORMAT pairs in order (the first match wins; FORMAT "none" leaves a layer as it is).
+
+    Raises FormatError for an unknown format, QuantlibError for a mixture of the two.
+    """
+    from quantlib.formats import get_format
+
+    if len(specs) == 1 and "=" not in specs[0]:
+        return get_format(specs[0]).name
+    formats: dict[str, str | None] = {}
+    for entry in specs:
+        pattern, equals, spec = entry.rpartition("=")
+        if not equals:
+            raise QuantlibError(f"--spec {entry!r}: with several, each is PATTERN=FORMAT, e.g. '*.down_proj=int8'")
+        if pattern in formats:
+            raise QuantlibError(f"--spec names the pattern {pattern!r} twice")
+        formats[pattern] = None if spec == "none" else get_format(spec).name
+    return formats
+
+
+def _check_output(output: Path) -> None:
+    """quantlib.save refuses the same; saying so before the work is done spares an hour."""
+    if output.is_dir() and (not any(output.iterdir()) or (output / "quantlib.json").is_file()):
+        return
+    if output.exists():
+        raise CheckpointError(f"{output} exists and is no quantlib checkpoint; choose another path or remove it")

@@ -1,0 +1,321 @@
+"""The C++ kernels for the CPU (csrc/cpu), and decode + torch's matmul where a batch is large enough for a matrix library.
+
+They take the rows layout as it is: codes of 1 to 8 bits under every scale and zero kind. Where the extension `quantlib._cpu` is
+missing, `unavailable` says why, every kernel here refuses in those words, and dispatch goes on to the next.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module, resources
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantlib.errors import KernelError
+from quantlib.formats import get_format
+from quantlib.formats.base import Format
+from quantlib.formats.codecs import Affine, Minifloat, decode
+from quantlib.formats.scales import DYNAMIC_MAP, FloatScale, SuperScale
+from quantlib.kernels.base import Kernel, Problem, register_kernel
+from quantlib.kernels.costs import decode_then_matmul, roofline, tuned_efficiency
+from quantlib.kernels.reference import round_trip
+from quantlib.tensor import QuantizedTensor
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+CODEC_KINDS = ("affine", "table", "minifloat")
+SCALE_KINDS = ("float", "e4m3_global", "e8m0", "double", "super")
+LINEAR_ROWS = 16
+"""Rows of x up to which the fused kernel multiplies; beyond, the matrix library wins even though it needs decoded weights."""
+DECODED_BYTES = 4 << 20
+"""Bound of the decoded rows of W that exist at once: they stay in the cache between decoding and multiplying."""
+
+
+def build_record() -> dict[str, Any]:
+    """What setup.py recorded about the extension `_cpu`: built, isas, left_out, openmp, compiler, or why it was not built."""
+    try:
+        record = json.loads(resources.files("quantlib").joinpath("_build.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return dict(record.get("_cpu", {}))
+
+
+def _load() -> tuple[Any, str | None]:
+    try:
+        return import_module("quantlib._cpu"), None
+    except (ImportError, ValueError) as error:
+        why = build_record().get("why")
+        if why is None:
+            return None, f"the C++ extension quantlib._cpu can't be loaded ({error})"
+        return None, f"the C++ extension quantlib._cpu was not built ({why.splitlines()[0]})"
+
+
+_cpu, unavailable = _load()
+"""The extension, and None or the reason why there is none."""
+
+
+def isa() -> str | None:
+    """The instruction set that the kernels run: "avx512", "avx2" or "scalar"; QUANTLIB_CPU_ISA can lower it. None: not built."""
+    return None if _cpu is None else str(_cpu.isa())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A format's facts for one shape in the extension's terms, and the parts that it may be called with."""
+
+    format: Format
+    native: Any
+    specs: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+
+
+def _values(fmt: Format) -> list[float]:
+    codes = torch.arange(len(fmt.codec.entries), dtype=torch.uint8)
+    values: list[float] = decode(fmt.codec, codes).tolist()
+    return values + [float("nan")] * ((1 << fmt.codec.bits) - len(values))
+
+
+def _codec(fmt: Format) -> str:
+    if isinstance(fmt.codec, Affine):
+        return "affine"
+    if isinstance(fmt.codec, Minifloat) and fmt.codec.name in ("e4m3", "e5m2"):
+        return fmt.codec.name
+    return "table"
+
+
+@lru_cache(maxsize=1024)
+def make_plan(fmt: Format, n: int, k: int) -> Plan:
+    """The plan of a weight [n, k]; holds no address of any tensor."""
+    scale = fmt.scale
+    supers = scale if isinstance(scale, SuperScale) else None
+    native = _cpu.Plan(
+        n=n,
+        k=k,
+        padded_k=fmt.padded(k),
+        bits=fmt.codec.bits,
+        codec=_codec(fmt),
+        offset=fmt.codec.offset if isinstance(fmt.codec, Affine) else 0,
+        values=_values(fmt),
+        block_rows=fmt.block.rows or 0,
+        block_cols=fmt.block.cols or 0,
+        blocks_across=fmt.grid(n, k)[1],
+        scale=scale.kind,
+        scale_dtype=DTYPES[scale.dtype] if isinstance(scale, FloatScale) else "float32",
+        super_bits=supers.bits if supers else 0,
+        super_count=supers.count if supers else 0,
+        super_offset=1 << (supers.bits - 1) if supers and supers.signed else 0,
+        scale_values=list(DYNAMIC_MAP.entries) if scale.kind == "double" else [],
+        has_zero=fmt.zero == "integer",
+        has_minimum=fmt.zero == "minimum",
+    )
+    specs = tuple((name, spec.shape, spec.dtype) for name, spec in fmt.specs(n, k).items())
+    return Plan(fmt, native, specs)
+
+
+_recent: dict[tuple[int, int, int], Plan] = {}
+"""(id of a format, n, k) -> plan. Hashing a format hashes its whole code book; a plan keeps its format alive, so an id stays its own."""
+
+
+def plan_of(weight: QuantizedTensor) -> Plan:
+    """The plan of a weight, found again without hashing its format."""
+    key = (id(weight.format), *weight.shape)
+    plan = _recent.get(key)
+    if plan is None:
+        if len(_recent) >= 4096:
+            _recent.clear()
+        plan = make_plan(weight.format, *weight.shape)
+        if plan.format is weight.format:
+            _recent[key] = plan
+    return plan
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight as the extension takes it. `parts` are the tensors that the addresses belong to."""
+
+    plan: Plan
+    addresses: dict[str, int]
+    parts: list[Tensor]
+
+    @classmethod
+    def of(cls, weight: QuantizedTensor) -> Packed:
+        """Raises ShapeError where a part has not the shape and dtype of its format, KernelError where it does not lie in memory."""
+        plan = plan_of(weight)
+        parts = []
+        for name, shape, dtype in plan.specs:
+            part = weight.parts.get(name)
+            if part is None or part.shape != shape or part.dtype != dtype:
+                weight.format.check(weight.parts, *weight.shape)
+                raise KernelError(f"{weight}: part {name!r} is not what {weight.format} needs")
+            if not part.is_cpu:
+                raise KernelError(f"{weight}: part {name!r} lies on {part.device}; the CPU kernels need it on the CPU")
+            parts.append(part.contiguous())
+        return cls(plan, {spec[0]: part.data_ptr() for spec, part in zip(plan.specs, parts, strict=True)}, parts)
+
+    def linear(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """out [M, N], contiguous = x [M, K] of any strides times W^T plus bias (fp32, contiguous)."""
+        _cpu.linear(
+            self.plan.native,
+            self.addresses,
+            x.shape[0],
+            DTYPES[x.dtype],
+            x.data_ptr(),
+            x.stride(0),
+            x.stride(1),
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def decode(self, start: int, stop: int, out: Tensor) -> None:
+        """out, contiguous = W[start:stop] in out's dtype."""
+        _cpu.dequantize(
+            self.plan.native, self.addresses, start, stop, DTYPES[out.dtype], out.data_ptr(), torch.get_num_threads()
+        )
+
+
+def decoded_blocks(weight: QuantizedTensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """(start, stop, W[start:stop] in `dtype`) over all rows; one buffer serves every block, DECODED_BYTES or 64 rows of it."""
+    packed = Packed.of(weight)
+    n, k = weight.shape
+    rows = min(n, max(64, DECODED_BYTES // max(1, k * dtype.itemsize) // 16 * 16))
+    buffer = torch.empty(rows, k, dtype=dtype)
+    for start in range(0, n, max(rows, 1)):
+        stop = min(start + rows, n)
+        block = buffer[: stop - start]
+        packed.decode(start, stop, block)
+        yield start, stop, block
+
+
+@lru_cache(maxsize=8)
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that torch multiplies in: x's own where this machine has instructions for it, else fp32."""
+    if dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return dtype
+    if dtype is torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return dtype
+    return torch.float32
+
+
+def refusal(problem: Problem) -> str | None:
+    """Why no kernel of this file can run the problem, or None."""
+    fmt = problem.format
+    if problem.device.kind != "cpu":
+        return f"runs on the CPU; x lies on {problem.device.name}"
+    if unavailable is not None:
+        return unavailable
+    if problem.dtype not in DTYPES:
+        return f"computes in fp32, for fp32, bf16 and fp16; x is {str(problem.dtype).removeprefix('torch.')}"
+    if problem.layout != "rows":
+        return f"reads the rows layout; the weight lies in {problem.layout!r}"
+    if fmt.codec.kind not in CODEC_KINDS:
+        return f"decodes the codec kinds {', '.join(CODEC_KINDS)}, not {fmt.codec.kind!r}"
+    if not 1 <= fmt.codec.bits <= 8:
+        return f"decodes codes of 1 to 8 bits, not {fmt.codec.bits}"
+    if fmt.scale.kind not in SCALE_KINDS:
+        return f"decodes the scale kinds {', '.join(SCALE_KINDS)}, not {fmt.scale.kind!r}"
+    if isinstance(fmt.scale, FloatScale) and fmt.scale.dtype not in DTYPES:
+        return f"reads scales in fp32, bf16 or fp16, not in {str(fmt.scale.dtype).removeprefix('torch.')}"
+    if (fmt.block.cols or 0) % 8:
+        return f"needs blocks of a multiple of 8 columns; {fmt} has {fmt.block.cols}"
+    return None
+
+
+def _activations(problem: Problem, x: Tensor) -> Tensor:
+    return x if problem.activations is None else round_trip(x, get_format(problem.activations))
+
+
+class CpuLinear(Kernel):
+    name = "cpu_linear"
+    backend = "cpu"
+    operation = "linear"
+    scaling = "weights decoded in fp32 and not rounded; fp32 products and sums, rounded once to x's dtype"
+
+    def supports(self, problem: Problem) -> str | None:
+        if problem.m > LINEAR_ROWS and not problem.batch_invariant:
+            return f"multiplies up to {LINEAR_ROWS} rows; the batch has {problem.m}"
+        return refusal(problem)
+
+    def cost(self, problem: Problem) -> float:
+        return roofline(problem, tuned_efficiency(problem.device, self.name, 0.25), peak_share=0.8)
+
+    def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
+        y = x.new_empty(x.shape[0], weight.shape[0])
+        if y.numel():
+            x = _activations(problem, x)
+            packed = Packed.of(weight)
+            bias = None if bias is None else bias.to(torch.float32).contiguous()
+            for start in range(0, x.shape[0], LINEAR_ROWS):
+                packed.linear(x[start : start + LINEAR_ROWS], bias, y[start : start + LINEAR_ROWS])
+        return y
+
+
+class CpuDecodeMatmul(Kernel):
+    name = "cpu_decode_matmul"
+    backend = "cpu"
+    operation = "linear"
+    scaling = "weights decoded in fp32 and rounded once to x's dtype, or left in fp32 where the CPU has no products of that dtype"
+
+    def supports(self, problem: Problem) -> str | None:
+        if problem.batch_invariant:
+            return "torch's matmul may sum in another order for another batch, and batch_invariant is set"
+        return refusal(problem)
+
+    def cost(self, problem: Problem) -> float:
+        return decode_then_matmul(problem, tuned_efficiency(problem.device, self.name, 0.5))
+
+    def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
+        y = x.new_empty(x.shape[0], weight.shape[0])
+        if y.numel() == 0:
+            return y
+        dtype = product_dtype(x.dtype)
+        x = _activations(problem, x).to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        for start, stop, block in decoded_blocks(weight, dtype):
+            y[:, start:stop] = torch.nn.functional.linear(x, block, None if bias is None else bias[start:stop])
+        return y
+
+
+class CpuDgrad(Kernel):
+    name = "cpu_dgrad"
+    backend = "cpu"
+    operation = "dgrad"
+    scaling = "weights decoded in fp32 and not rounded; products in fp32, summed block by block in the order of the rows"
+
+    def supports(self, problem: Problem) -> str | None:
+        return refusal(problem)
+
+    def cost(self, problem: Problem) -> float:
+        return decode_then_matmul(problem, tuned_efficiency(problem.device, self.name, 0.4))
+
+    def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
+        dx = torch.zeros(x.shape[0], weight.shape[1])
+        if dx.numel():
+            for start, stop, block in decoded_blocks(weight, torch.float32):
+                dx.addmm_(x[:, start:stop].to(torch.float32), block)
+        return dx.to(x.dtype)
+
+
+class CpuDequantize(Kernel):
+    name = "cpu_dequantize"
+    backend = "cpu"
+    operation = "dequantize"
+
+    def supports(self, problem: Problem) -> str | None:
+        return refusal(problem)
+
+    def cost(self, problem: Problem) -> float:
+        return decode_then_matmul(problem, tuned_efficiency(problem.device, self.name, 0.5))
+
+    def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
+        out = torch.empty(weight.shape, dtype=problem.dtype)
+        if out.numel():
+            Packed.of(weight).decode(0, weight.shape[0], out)
+        return out
+
+
+for _kernel in (CpuLinear(), CpuDecodeMatmul(), CpuDgrad(), CpuDequantize()):
+    register_kernel(_kernel)
