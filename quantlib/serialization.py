@@ -61,7 +61,7 @@ def _describe(layer: QuantLinear) -> dict[str, Any]:
 
 
 def _computed_buffers(model: nn.Module) -> dict[str, str]:
-    """Name -> dtype of the float buffers that a model computes and does not save (rotary tables): their dtype was the user's."""
+    """Name -> dtype of the float buffers that a model computes and does not save (rotary tables)."""
     saved = model.state_dict()
     floats = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point() and name not in saved}
     return {name: str(buffer.dtype).removeprefix("torch.") for name, buffer in floats.items()}

@@ -36,7 +36,7 @@ FORMATS: tuple[str, ...] = (
 """At least one format per family, codec kind, scale kind and zero kind; one row per new format."""
 
 SHAPES: tuple[tuple[int, int], ...] = ((64, 256), (33, 130), (1, 16), (257, 64), (16, 576), (3, 7))
-"""(N, K): aligned; odd N and K off every block; one row; one row over a tile; the demo model's width; smaller than any block."""
+"""(N, K): aligned; odd N and K off every block; one row; one row over a tile; the demo model's width; less than any block."""
 
 MS: tuple[int, ...] = (0, 1, 2, 5, 16, 17, 33)
 """Rows of x: none; each side of every change of kernel."""

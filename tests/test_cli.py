@@ -210,7 +210,7 @@ def test_eval_refuses_in_words(run, saved: Path, tmp_path: Path) -> None:  # typ
     refused(run("eval", saved, "--protocol", "C"), "unknown protocol")
     refused(run("eval", saved, "--spec", "nf4", "--reference", saved), "--reference")
     refused(run("eval", saved, "--text", tmp_path / "absent.txt"), "can't be read")
-    refused(run("eval", saved, "--window", 200_000), "too few")
+    refused(run("eval", saved, "--window", 1_000_000), "too few")
 
 
 def test_a_structural_copy_shares_every_tensor_and_can_be_patched_alone() -> None:
@@ -283,3 +283,12 @@ def test_the_demo_refuses_before_it_loads(run, tmp_path: Path, monkeypatch: pyte
     refused(run("demo", "--formats", " , ", "--output", tmp_path), "names no format")
     (tmp_path / "file").write_text("")
     refused(run("demo", "--output", tmp_path / "file"), "can't be written")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", sorted((Path(__file__).parents[1] / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_the_examples_run(example: Path) -> None:
+    arguments = {"compare_formats": ["int4-g64-full"]}.get(example.stem, [])
+    done = subprocess.run([sys.executable, example, *arguments], capture_output=True, text=True, cwd=example.parents[1])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()

@@ -53,5 +53,5 @@ def test_a_billion_parameters_patch_within_300_mb_over_the_model(spec: str) -> N
     print(f"{spec}: {found}, {time.perf_counter() - started:.0f} s in all")
     assert found["weights"] > 1.0e9
     assert found["extra"] <= 300e6
-    assert found["freed"] >= 0.9 * found["saved"]
+    assert found["freed"] >= found["saved"] - 300e6
     assert "112/112" in run.stdout

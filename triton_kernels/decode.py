@@ -1,8 +1,10 @@
 """Decoding in registers: a tile of the rows layout -> fp32 weights [ROWS, COLS], by the law w = (value - zero) * scale - minimum.
 
 Each difference and product is rounded once to fp32, so kernels that call this must be launched with enable_fp_fusion=False:
-a multiply fused with the following subtraction rounds once where the law rounds twice. What a weight is made of arrives as a
-WeightSpec, a constexpr; the branches below are taken at compile time.
+a multiply fused with the following subtraction rounds once where the law rounds twice. That option isn't enough: ptxas 12.9 (Triton
+3.6) fuses packed mul.rn.f32x2 and sub.rn.f32x2 on sm_100 and sm_120 all the same, hence `rounded_product`.
+
+What a weight is made of arrives as a WeightSpec, a constexpr; the branches below are taken at compile time.
 
 8-bit floats are decoded by hand: sm_80 has no cast from E4M3, and Triton's interpreter casts some codes wrongly.
 """
@@ -70,6 +72,15 @@ def narrow(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def rounded_product(a, b):
+    """a * b in fp32, rounded, where an addition follows that must not be fused with it: as assembly it stays a scalar mul.rn."""
+    if INTERPRET:
+        return a * b
+    else:
+        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def multiply_add(a, b, acc):
     """acc [A, C] fp32 + a [A, B] times b [B, C], both of one dtype; fp32 operands are not cut to TF32."""
     if INTERPRET:
@@ -118,10 +129,10 @@ def _plane(rows, k, columns, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.c
     else:
         loaded = tl.load(rows[:, None] + byte[None, :], mask=(byte < columns // PER_BYTE)[None, :], other=0)
     loaded = loaded.to(tl.uint32)
-    if PER_BYTE == 1:
-        return loaded
     # Joins keep all fields of a byte in the thread that loaded it.
-    if PER_BYTE == 2:
+    if PER_BYTE == 1:
+        fields = loaded
+    elif PER_BYTE == 2:
         fields = _pair(loaded, WIDTH, WIDTH)
     elif PER_BYTE == 4:
         fields = _quad(loaded, WIDTH, WIDTH)
@@ -194,17 +205,18 @@ def _scale(scales, outer, inner, scale_map, row, group, across, spec: tl.constex
     if spec.scale == "super":
         unit = tl.load(outer + row * (across // spec.scale_count) + group // spec.scale_count).to(tl.float32)
         return _integers(scales, row, group, across, spec) * unit
-    at = row * across + group
-    stored = tl.load(scales + at)
-    if spec.scale == "e4m3_global":
-        return minifloat(stored, 4, 3) * tl.load(outer)
-    elif spec.scale == "e8m0":
-        return power_of_two(stored)
     elif spec.scale == "double":
-        absmax = tl.load(outer + at // spec.scale_count)
-        return tl.load(scale_map + stored.to(tl.int32)) * absmax + tl.load(inner)
+        at = row * across + group
+        value = tl.load(scale_map + tl.load(scales + at).to(tl.int32))
+        return rounded_product(value, tl.load(outer + at // spec.scale_count)) + tl.load(inner)
     else:
-        return widen(stored)
+        stored = tl.load(scales + row * across + group)
+        if spec.scale == "e4m3_global":
+            return minifloat(stored, 4, 3) * tl.load(outer)
+        elif spec.scale == "e8m0":
+            return power_of_two(stored)
+        else:
+            return widen(stored)
 
 
 @triton.jit
@@ -213,7 +225,8 @@ def _minimum(zeros, inner, row, group, across, spec: tl.constexpr):
     if spec.scale == "super":
         unit = tl.load(inner + row * (across // spec.scale_count) + group // spec.scale_count).to(tl.float32)
         return _integers(zeros, row, group, across, spec) * unit
-    return widen(tl.load(zeros + row * across + group))
+    else:
+        return widen(tl.load(zeros + row * across + group))
 
 
 @triton.jit
@@ -269,8 +282,9 @@ def decode_tile(
     if spec.zero == "integer":
         zero = tl.load(zeros + row[:, None] * across + group[None, :]).to(tl.float32)
         values = values - zero[:, :, None]
-    values = values * scale[:, :, None]
     if spec.zero == "minimum":
         minimum = _minimum(zeros, inner, row[:, None], group[None, :], across, spec)
-        values = values - minimum[:, :, None]
+        values = rounded_product(values, scale[:, :, None]) - minimum[:, :, None]
+    else:
+        values = values * scale[:, :, None]
     return tl.reshape(values, (ROWS, COLS))

@@ -60,7 +60,7 @@ def evaluate(
         results = {model: evaluation.evaluate(loaded.model, cut, reference=other)}
     else:
         with evaluation.capture_reference(loaded.model, cut) as original:
-            patch(loaded.model, formats, algorithm=algorithm)
+            patch(loaded.model, formats, algorithm=algorithm, progress=out.is_terminal and not as_json)
             quantized = evaluation.evaluate(loaded.model, cut, reference=original)
         assert original.evaluation is not None
         results = {model: original.evaluation, f"{model} {' '.join(spec or ())} ({algorithm})": quantized}

@@ -40,7 +40,8 @@ def quantize(
     check_dtype(dtype)
     _check_output(output)
     loaded = load_model(model, dtype, device)
-    report = patch(loaded.model, formats, algorithm=algorithm, skip=DEFAULT_SKIP if skip is None else skip)
+    left = DEFAULT_SKIP if skip is None else skip
+    report = patch(loaded.model, formats, algorithm=algorithm, skip=left, progress=out.is_terminal)
     out.print(report)
     note(f"writing {output}")
     save(loaded.model, output, tokenizer=loaded.tokenizer)

@@ -66,8 +66,8 @@ class Kernel(ABC):
 
     @abstractmethod
     def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
-        """linear: x [M, K] -> y [M, N]. dgrad: x is dy [M, N] -> dx [M, K]. dequantize: x is an empty tensor of the wanted dtype
-        -> W [N, K]. x may have any strides; the result is new, contiguous, of x's dtype. M may be 0."""
+        """linear: x [M, K] -> y [M, N]. dgrad: x is dy [M, N] -> dx [M, K]. dequantize: x is an empty tensor of the wanted
+        dtype -> W [N, K]. x may have any strides; the result is new, contiguous, of x's dtype. M may be 0."""
 
 
 _KERNELS: dict[str, Kernel] = {}

@@ -1,0 +1,1 @@
+"""Measurements and generated tables. Nothing here is imported by the package."""
