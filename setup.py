@@ -141,7 +141,9 @@ class BuildKernels(build_ext):
         except BuildError as error:
             target.unlink(missing_ok=True)
             facts["why"] = str(error)
-            print(f"\n*** {ext.name} was not built; quantlib installs without it and uses slower kernels.\n{error}\n", flush=True)
+            print(
+                f"\n*** {ext.name} was not built; quantlib installs without it and uses slower kernels.\n{error}\n", flush=True
+            )
         self.facts[ext.name.rpartition(".")[2]] = facts
         self.write_facts(target.parent)
 

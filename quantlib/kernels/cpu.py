@@ -257,7 +257,9 @@ class CpuDecodeMatmul(Kernel):
     name = "cpu_decode_matmul"
     backend = "cpu"
     operation = "linear"
-    scaling = "weights decoded in fp32 and rounded once to x's dtype, or left in fp32 where the CPU has no products of that dtype"
+    scaling = (
+        "weights decoded in fp32 and rounded once to x's dtype, or left in fp32 where the CPU has no products of that dtype"
+    )
 
     def supports(self, problem: Problem) -> str | None:
         if problem.batch_invariant:
