@@ -31,7 +31,7 @@ ISA_FLAGS: dict[str, list[str]] = {
 }
 """Instruction sets in the order of QUANTLIB_ISA_LEVEL (csrc/cpu/simd.h)."""
 
-# -ffp-contract=off: the law rounds (value - zero) * scale - minimum after each operation; a fused multiply-add is written as one.
+# -ffp-contract=off: the law rounds (value - zero) * scale - minimum after each operation; where sums may be fused, we say so.
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 # gcc 12 and 13 take the deliberately undefined registers of their own AVX-512 headers for a mistake (gcc bug 105593).
 QUIET_FLAGS = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
@@ -148,7 +148,7 @@ class BuildKernels(build_ext):
         self.write_facts(target.parent)
 
     def copy_extensions_to_source(self) -> None:
-        """For an editable installation: the package's own folder gets what was built, and keeps no older build of what was not."""
+        """For an editable installation: quantlib/ gets what was built, and keeps no older build of what was not."""
         for ext in self.extensions:
             if not Path(self.get_ext_fullpath(ext.name)).exists():
                 (ROOT / "quantlib" / Path(self.get_ext_filename(ext.name)).name).unlink(missing_ok=True)

@@ -39,9 +39,14 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     """Fail unless shape, dtype and every bit agree (-0 differs from 0; NaNs agree where their bits do)."""
     assert actual.shape == expected.shape, f"shape {list(actual.shape)} instead of {list(expected.shape)}"
     assert actual.dtype == expected.dtype, f"dtype {actual.dtype} instead of {expected.dtype}"
-    same = actual.contiguous().view(-1).view(torch.uint8) == expected.contiguous().view(-1).view(torch.uint8)
+    same = _bytes(actual) == _bytes(expected)
     wrong = int((~same).view(actual.numel(), -1).any(dim=1).sum()) if actual.numel() else 0
     assert wrong == 0, f"{wrong} of {actual.numel()} elements differ in their bits"
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, flat. A clone has plain strides; `contiguous` keeps odd ones of dimensions of size 1."""
+    return tensor.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
 
 
 def random_weight(n: int, k: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -87,9 +87,9 @@ struct Scratch {
     ~Scratch() { free(floats); }
 };
 
-// A thread costs microseconds to wake: none for less than about `grain` multiplications.
+// A thread costs microseconds to wake: none for less than `grain` weights times rows of x.
 inline int useful_threads(int64_t work, int threads) {
-    constexpr int64_t grain = 1 << 16;
+    constexpr int64_t grain = 1 << 18;
     return int(most(1, least(threads, work / grain)));
 }
 

@@ -59,7 +59,7 @@ _cpu, unavailable = _load()
 
 
 def isa() -> str | None:
-    """The instruction set that the kernels run: "avx512", "avx2" or "scalar"; QUANTLIB_CPU_ISA can lower it. None: not built."""
+    """The instruction set that runs, "avx512", "avx2" or "scalar" (QUANTLIB_CPU_ISA can lower it); None: not built."""
     return None if _cpu is None else str(_cpu.isa())
 
 
@@ -116,7 +116,7 @@ def make_plan(fmt: Format, n: int, k: int) -> Plan:
 
 
 _recent: dict[tuple[int, int, int], Plan] = {}
-"""(id of a format, n, k) -> plan. Hashing a format hashes its whole code book; a plan keeps its format alive, so an id stays its own."""
+"""(id of a format, n, k) -> plan. Hashing a format hashes its whole code book. A plan keeps its format alive, and so its id."""
 
 
 def plan_of(weight: QuantizedTensor) -> Plan:
@@ -142,7 +142,7 @@ class Packed:
 
     @classmethod
     def of(cls, weight: QuantizedTensor) -> Packed:
-        """Raises ShapeError where a part has not the shape and dtype of its format, KernelError where it does not lie in memory."""
+        """Raises ShapeError where a part lacks the shape or dtype of its format, KernelError where it is not on the CPU."""
         plan = plan_of(weight)
         parts = []
         for name, shape, dtype in plan.specs:

@@ -145,7 +145,7 @@ def linear_tile(m: int, dtype: torch.dtype) -> Tile:
     fp32 has no tensor-core instruction without TF32's rounding, so its tile is what fused multiply-adds can hold in registers.
     """
     if dtype == torch.float32:
-        return Tile(16, 32, 32, 4, 2) if m <= 16 else Tile(32, 64, 32, 4, 2)
+        return Tile(16, 32, 32, 4, 2) if m <= 16 else Tile(32, 32, 32, 4, 2)
     if m <= 16:
         return Tile(16, 64, 64, 4, 3)
     if m <= 32:
