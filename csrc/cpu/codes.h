@@ -5,39 +5,10 @@
 // columns, instead of to every weight. Wider codes are computed (integers, E4M3, E5M2) or gathered from the table.
 #pragma once
 
+#include "planes.h"
 #include "scales.h"
 
 namespace quantlib::cpu::QUANTLIB_ISA {
-
-// The planes of one row's codes, from some column on.
-struct Planes {
-    const uint8_t* plane[3];
-};
-
-// The widths of the planes of a `bits`-wide code, low bits first; 0 where there are fewer.
-template <int BITS>
-constexpr int plane_width(int index) {
-    constexpr int widths[9][3] = {{0, 0, 0}, {1, 0, 0}, {2, 0, 0}, {2, 1, 0}, {4, 0, 0},
-                                  {4, 1, 0}, {4, 2, 0}, {4, 2, 1}, {8, 0, 0}};
-    return widths[BITS][index];
-}
-
-// Codes in the low BITS of each lane, with their neighbours' bits above.
-template <int BITS>
-inline void unpack_codes(const Planes& planes, int64_t chunk, Ints* codes) {
-    constexpr int FIRST = plane_width<BITS>(0), SECOND = plane_width<BITS>(1), THIRD = plane_width<BITS>(2);
-    unpack<FIRST>(planes.plane[0] + chunk * (CHUNK * FIRST / 8), codes);
-    if constexpr (SECOND != 0) {
-        Ints high[VECTORS];
-        unpack<SECOND>(planes.plane[1] + chunk * (CHUNK * SECOND / 8), high);
-        for (int v = 0; v < VECTORS; ++v) codes[v] = join<FIRST>(codes[v], high[v]);
-    }
-    if constexpr (THIRD != 0) {
-        Ints high[VECTORS];
-        unpack<THIRD>(planes.plane[2] + chunk * (CHUNK * THIRD / 8), high);
-        for (int v = 0; v < VECTORS; ++v) codes[v] = join<FIRST + SECOND>(codes[v], high[v]);
-    }
-}
 
 // Codecs of more than four bits: the values of one chunk, before the law.
 

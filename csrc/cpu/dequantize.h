@@ -1,4 +1,5 @@
-// Packed rows -> W[row_start:row_stop] in fp32, bf16 or fp16: the law in fp32, rounded once.
+// Packed rows -> W[row_start:row_stop] in fp32, bf16 or fp16: the law in fp32, rounded once. fp32 goes straight to its place, except
+// for a last chunk that is not whole.
 #pragma once
 
 #include "rows.h"
@@ -25,9 +26,12 @@ inline bool dequantize(const DequantizeCall& call) {
         for (int64_t i = rows * part / threads; i < rows * (part + 1) / threads; ++i) {
             expand_row(plan, call.parts, call.row_start + i, numbers);
             const Row weights(plan, call.parts, call.row_start + i, numbers);
-            StoreSink sink{decoded};
-            weights.decode(loop, 0, columns / CHUNK, sink);
-            write_numbers(call.dtype, decoded, plan.k, out + i * row_bytes);
+            uint8_t* to = out + i * row_bytes;
+            const int64_t direct = call.dtype == DType::float32 ? plan.k / CHUNK : 0;
+            StoreSink straight{reinterpret_cast<float*>(to)}, sink{decoded};
+            weights.decode(loop, 0, direct, straight);
+            weights.decode(loop, direct, columns / CHUNK, sink);
+            write_numbers(call.dtype, decoded, plan.k - direct * CHUNK, to + direct * CHUNK * sizeof(float));
         }
     }
     return true;

@@ -13,7 +13,7 @@
 namespace quantlib::cpu::QUANTLIB_ISA {
 
 constexpr int ROWS = LANES == 16 ? 4 : 2;  // chains of a tile: ROWS * 2 rows of x * 2, half of the registers
-constexpr int BLOCK = 256;                 // columns
+constexpr int BLOCK = 1024;                // columns
 static_assert(BLOCK % CHUNK == 0 && VECTORS % 2 == 0);
 
 // chains[r * chains_stride + m * 2 + parity] += weights[r] * x[m], over `columns` columns (whole chunks).
@@ -52,8 +52,9 @@ inline float total(Floats even, Floats odd) { return sum(add(even, odd)); }
 
 struct LinearWork {
     const LinearCall& call;
-    const float* x;  // fp32 [m, columns]
+    const float* x;   // fp32 [m, columns], rows x_stride apart
     int64_t columns;  // k rounded up to whole chunks; x is zero beyond k
+    int64_t x_stride;
     DecodeLoop<DotSink> dot_loop;
     DecodeLoop<StoreSink> store_loop;
 
@@ -88,7 +89,7 @@ struct LinearWork {
                 const Row weights(plan, call.parts, row + r, numbers[r]);
                 weights.decode(store_loop, start / CHUNK, stop / CHUNK, sink);
             }
-            multiply_block<R>(decoded, x + start, columns, call.m, stop - start, chains);
+            multiply_block<R>(decoded, x + start, x_stride, call.m, stop - start, chains);
         }
         for (int64_t m = 0; m < call.m; ++m) {
             float sums[R];
@@ -109,17 +110,19 @@ inline bool linear(const LinearCall& call) {
     const int64_t numbers_floats = round_up(numbers_size(plan), LANES);
     const int64_t chain_floats = ROWS * call.m * 2 * LANES;
     const int64_t thread_floats = ROWS * (numbers_floats + BLOCK) + chain_floats;
-    const Scratch x(call.m * columns), scratch(threads * thread_floats);
+    // Rows a multiple of 4096 bytes apart would all compete for the same few sets of the first-level cache.
+    const int64_t x_stride = columns + CHUNK;
+    const Scratch x(call.m * x_stride), scratch(threads * thread_floats);
     if (x.floats == nullptr || scratch.floats == nullptr) return false;
 
     for (int64_t m = 0; m < call.m; ++m) {
         const uint8_t* from = static_cast<const uint8_t*>(call.x) + m * call.x_row_stride * item_size(call.dtype);
-        float* to = x.floats + m * columns;
+        float* to = x.floats + m * x_stride;
         read_strided(call.dtype, from, call.x_column_stride, plan.k, to);
         memset(to + plan.k, 0, (columns - plan.k) * sizeof(float));
     }
 
-    const LinearWork work{call, x.floats, columns, pick_loop<DotSink>(plan), pick_loop<StoreSink>(plan)};
+    const LinearWork work{call, x.floats, columns, x_stride, pick_loop<DotSink>(plan), pick_loop<StoreSink>(plan)};
     const int64_t step = call.m == 1 ? 1 : ROWS;
     const int64_t steps = (plan.n + step - 1) / step;
 #pragma omp parallel for schedule(static) num_threads(threads)

@@ -5,34 +5,21 @@
 
 namespace quantlib::cpu::QUANTLIB_ISA {
 
-inline int plane_of(int bits, int index) {
-    switch (bits) {
-        case 3: return index == 0 ? 2 : index == 1 ? 1 : 0;
-        case 5: return index == 0 ? 4 : index == 1 ? 1 : 0;
-        case 6: return index == 0 ? 4 : index == 1 ? 2 : 0;
-        case 7: return index == 0 ? 4 : index == 1 ? 2 : 1;
-        default: return index == 0 ? bits : 0;
-    }
-}
-
 // Decodes one row, k rounded up to whole chunks; what comes out beyond column k is finite and means nothing.
 // `numbers` have been filled by expand_row for this row.
 class Row {
   public:
     Row(const Plan& plan, const Parts& parts, int64_t row, const RowNumbers& numbers)
-        : plan_(plan), numbers_(numbers), whole_(plan.padded_k / CHUNK) {
-        const uint8_t* at = parts.codes + row * (plan.padded_k * plan.bits / 8);
-        for (int i = 0; i < 3; ++i) {
-            planes_.plane[i] = at;
-            at += plan.padded_k * plane_of(plan.bits, i) / 8;
-        }
-    }
+        : plan_(plan),
+          numbers_(numbers),
+          whole_(plan.padded_k / CHUNK),
+          planes_(planes_of(plan.bits, parts.codes + row * (plan.padded_k * plan.bits / 8), plan.padded_k)) {}
 
     // Decode chunks start..stop into the sink, which counts chunks from `start`. A sink serves one call.
     template <class Sink>
     inline void decode(DecodeLoop<Sink> loop, int64_t start, int64_t stop, Sink& sink) const {
         const int64_t inside = least(stop, whole_);
-        if (start < inside) loop(plan_, planes_from(start), numbers_from(start), inside - start, sink);
+        if (start < inside) loop(plan_, moved(plan_.bits, planes_, start), numbers_from(start), inside - start, sink);
         if (most(start, inside) < stop) decode_tail(loop, start, sink);
     }
 
@@ -40,13 +27,7 @@ class Row {
     const Plan& plan_;
     const RowNumbers numbers_;
     const int64_t whole_;  // chunks that lie inside the stored codes
-    Planes planes_;
-
-    inline Planes planes_from(int64_t chunk) const {
-        Planes moved = planes_;
-        for (int i = 0; i < 3; ++i) moved.plane[i] += chunk * (CHUNK * plane_of(plan_.bits, i) / 8);
-        return moved;
-    }
+    const Planes planes_;
 
     inline RowNumbers numbers_from(int64_t chunk) const {
         const int64_t pieces = chunk * (CHUNK / plan_.piece);
@@ -56,14 +37,9 @@ class Row {
     // The last chunk where the stored row ends inside it: decoded from a copy, so that no byte beyond the row is read.
     template <class Sink>
     inline void decode_tail(DecodeLoop<Sink> loop, int64_t start, Sink& sink) const {
-        uint8_t copy[3][CHUNK] = {};
-        const Planes from = planes_from(whole_);
-        for (int i = 0; i < 3; ++i) {
-            const int width = plane_of(plan_.bits, i);
-            memcpy(copy[i], from.plane[i], (plan_.padded_k - whole_ * CHUNK) * width / 8);
-        }
+        const TailChunk tail(plan_.bits, moved(plan_.bits, planes_, whole_), plan_.padded_k - whole_ * CHUNK);
         sink.skip(whole_ - start);
-        loop(plan_, Planes{{copy[0], copy[1], copy[2]}}, numbers_from(whole_), 1, sink);
+        loop(plan_, tail.planes(), numbers_from(whole_), 1, sink);
     }
 };
 

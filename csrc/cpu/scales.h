@@ -3,10 +3,11 @@
 #pragma once
 
 #include "convert.h"
+#include "planes.h"
 
 namespace quantlib::cpu::QUANTLIB_ISA {
 
-// One row's numbers. `minimum` and `zero` hold zeros where the format has none and the other one exists: x - 0 is x.
+// One row's numbers, with room for row_capacity each. `minimum` and `zero` hold zeros where the format has none and the other one exists: x - 0 is x.
 struct RowNumbers {
     float* scale;
     float* zero;
@@ -21,15 +22,15 @@ inline int64_t row_capacity(const Plan& plan) {
     return round_up(most(pieces_of(plan), plan.blocks_across) + CHUNK, CHUNK);
 }
 
-inline void read_e4m3(const uint8_t* codes, int64_t count, float* to) {
+// E4M3 codes times `factor`; `to` has a vector to spare.
+inline void read_e4m3(const uint8_t* codes, int64_t count, float factor, float* to) {
+    const Floats scale = broadcast(factor);
     int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) store(to + i, load_e4m3(codes + i));
+    for (; i + LANES <= count; i += LANES) store(to + i, multiply(load_e4m3(codes + i), scale));
     if (i < count) {
         uint8_t run[16] = {};
-        float values[LANES];
         memcpy(run, codes + i, count - i);
-        store(values, load_e4m3(run));
-        memcpy(to + i, values, (count - i) * sizeof(float));
+        store(to + i, multiply(load_e4m3(run), scale));
     }
 }
 
@@ -51,30 +52,30 @@ inline void read_double_quant(const Plan& plan, const Parts& parts, int64_t bloc
     }
 }
 
-// Code `index` of a row of `count` codes of `bits` bits, packed in planes.
-inline uint32_t packed_code(const uint8_t* row, int bits, int64_t count, int64_t index) {
-    uint32_t code = 0;
-    int shift = 0;
-    for (int width = 4; width >= 1; width /= 2) {
-        if (!(bits & width)) continue;
-        const int per_byte = 8 / width;
-        code |= uint32_t(row[index / per_byte] >> (index % per_byte * width) & ((1 << width) - 1)) << shift;
-        row += count / per_byte;
-        shift += width;
+inline void read_integers(int bits, const uint8_t* row, int64_t count, float* to) {
+    switch (bits) {
+        case 1: return read_codes<1>(row, count, to);
+        case 2: return read_codes<2>(row, count, to);
+        case 3: return read_codes<3>(row, count, to);
+        case 4: return read_codes<4>(row, count, to);
+        case 5: return read_codes<5>(row, count, to);
+        case 6: return read_codes<6>(row, count, to);
+        case 7: return read_codes<7>(row, count, to);
+        default: return read_codes<8>(row, count, to);
     }
-    return code;
 }
 
 inline void read_super(const Plan& plan, const uint8_t* codes, const uint8_t* units, int64_t block_row, float* to) {
     const int64_t across = plan.blocks_across, supers = across / plan.super_count;
-    const uint8_t* row = codes + block_row * ((across * plan.super_bits + 7) / 8);
+    read_integers(plan.super_bits, codes + block_row * ((across * plan.super_bits + 7) / 8), across, to);
     const uint8_t* unit_row = units + block_row * supers * 2;
-    for (int64_t s = 0; s < supers; ++s) {
-        float unit;
-        read_numbers(DType::float16, unit_row + s * 2, 1, &unit);
-        for (int64_t g = s * plan.super_count; g < (s + 1) * plan.super_count; ++g) {
-            const uint32_t code = plan.super_bits == 8 ? row[g] : packed_code(row, plan.super_bits, across, g);
-            to[g] = (float(code) - plan.super_offset) * unit;
+    for (int64_t start = 0; start < supers; start += CHUNK) {
+        const int64_t count = least(CHUNK, supers - start);
+        float unit[CHUNK];
+        read_numbers(DType::float16, unit_row + start * 2, count, unit);
+        for (int64_t s = 0; s < count; ++s) {
+            float* block = to + (start + s) * plan.super_count;
+            for (int g = 0; g < plan.super_count; ++g) block[g] = (block[g] - plan.super_offset) * unit[s];
         }
     }
 }
@@ -85,9 +86,7 @@ inline void read_scales(const Plan& plan, const Parts& parts, int64_t block_row,
         case ScaleKind::number:
             return read_numbers(plan.scale_dtype, parts.scales + first * item_size(plan.scale_dtype), across, to);
         case ScaleKind::e4m3_global:
-            read_e4m3(parts.scales + first, across, to);
-            for (int64_t g = 0; g < across; ++g) to[g] *= *parts.global_scale;
-            return;
+            return read_e4m3(parts.scales + first, across, *parts.global_scale, to);
         case ScaleKind::e8m0:
             return read_e8m0(parts.scales + first, across, to);
         case ScaleKind::double_quant:
@@ -101,6 +100,10 @@ inline void read_minima(const Plan& plan, const Parts& parts, int64_t block_row,
     if (plan.scale == ScaleKind::super) return read_super(plan, parts.minima, parts.super_minima, block_row, to);
     const int64_t first = block_row * plan.blocks_across;
     read_numbers(plan.scale_dtype, parts.minima + first * item_size(plan.scale_dtype), plan.blocks_across, to);
+}
+
+inline void read_zeros(const Plan& plan, const Parts& parts, int64_t block_row, float* to) {
+    read_codes<8>(parts.zeros + block_row * plan.blocks_across, plan.blocks_across, to);
 }
 
 // One number per block -> one per piece; pieces beyond the last block get 0.
@@ -117,17 +120,15 @@ inline void repeat_blocks(const Plan& plan, const float* blocks, float* pieces) 
 // Fill `numbers` for weight row `row`.
 inline void expand_row(const Plan& plan, const Parts& parts, int64_t row, const RowNumbers& numbers) {
     const int64_t block_row = plan.block_rows == 0 ? 0 : row / plan.block_rows;
-    read_scales(plan, parts, block_row, numbers.blocks);
-    repeat_blocks(plan, numbers.blocks, numbers.scale);
-    if (plan.has_zero) {
-        const uint8_t* zeros = parts.zeros + block_row * plan.blocks_across;
-        for (int64_t g = 0; g < plan.blocks_across; ++g) numbers.blocks[g] = float(zeros[g]);
-        repeat_blocks(plan, numbers.blocks, numbers.zero);
-    }
-    if (plan.has_minimum) {
-        read_minima(plan, parts, block_row, numbers.blocks);
-        repeat_blocks(plan, numbers.blocks, numbers.minimum);
-    }
+    // Where a block is a piece, and blocks reach the last one, they are read in place.
+    const bool in_place = plan.block_cols == plan.piece && plan.blocks_across >= pieces_of(plan);
+    const auto expand = [&](float* pieces, auto read) {
+        read(in_place ? pieces : numbers.blocks);
+        if (!in_place) repeat_blocks(plan, numbers.blocks, pieces);
+    };
+    expand(numbers.scale, [&](float* to) { read_scales(plan, parts, block_row, to); });
+    if (plan.has_zero) expand(numbers.zero, [&](float* to) { read_zeros(plan, parts, block_row, to); });
+    if (plan.has_minimum) expand(numbers.minimum, [&](float* to) { read_minima(plan, parts, block_row, to); });
 }
 
 }  // namespace quantlib::cpu::QUANTLIB_ISA

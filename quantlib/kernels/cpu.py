@@ -22,7 +22,7 @@ from quantlib.formats.base import Format
 from quantlib.formats.codecs import Affine, Minifloat, decode
 from quantlib.formats.scales import DYNAMIC_MAP, FloatScale, SuperScale
 from quantlib.kernels.base import Kernel, Problem, register_kernel
-from quantlib.kernels.costs import decode_then_matmul, roofline, tuned_efficiency
+from quantlib.kernels.costs import activation_bytes, packed_bytes, tuned_efficiency
 from quantlib.kernels.reference import round_trip
 from quantlib.tensor import QuantizedTensor
 
@@ -224,6 +224,18 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
+def predicted(problem: Problem, kernel: str, decode_rate: float, peak_share: float) -> float:
+    """Microseconds: reading the packed weight, or decoding `decode_rate` weights per ns and thread and then multiplying.
+
+    The rates are those of one core of an EPYC of the fourth generation (AVX-512); bench/tuned corrects them for other devices.
+    """
+    device = problem.device
+    memory = (packed_bytes(problem) + activation_bytes(problem)) / (device.bandwidth * 1e3)
+    decode = problem.n * problem.k / (device.units * decode_rate * 1e3)
+    compute = 2 * problem.m * problem.n * problem.k / (device.peak_tflops * 1e6 * peak_share)
+    return max(memory, decode + compute) / tuned_efficiency(device, kernel, 1.0)
+
+
 def _activations(problem: Problem, x: Tensor) -> Tensor:
     return x if problem.activations is None else round_trip(x, get_format(problem.activations))
 
@@ -240,7 +252,7 @@ class CpuLinear(Kernel):
         return refusal(problem)
 
     def cost(self, problem: Problem) -> float:
-        return roofline(problem, tuned_efficiency(problem.device, self.name, 0.25), peak_share=0.8)
+        return predicted(problem, self.name, decode_rate=14.0, peak_share=0.62)
 
     def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
         y = x.new_empty(x.shape[0], weight.shape[0])
@@ -267,7 +279,9 @@ class CpuDecodeMatmul(Kernel):
         return refusal(problem)
 
     def cost(self, problem: Problem) -> float:
-        return decode_then_matmul(problem, tuned_efficiency(problem.device, self.name, 0.5))
+        if product_dtype(problem.dtype) is torch.float32:
+            return predicted(problem, self.name, decode_rate=8.0, peak_share=0.65)
+        return predicted(problem, self.name, decode_rate=3.7, peak_share=1.6)
 
     def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
         y = x.new_empty(x.shape[0], weight.shape[0])
@@ -291,7 +305,7 @@ class CpuDgrad(Kernel):
         return refusal(problem)
 
     def cost(self, problem: Problem) -> float:
-        return decode_then_matmul(problem, tuned_efficiency(problem.device, self.name, 0.4))
+        return predicted(problem, self.name, decode_rate=8.0, peak_share=0.6)
 
     def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
         dx = torch.zeros(x.shape[0], weight.shape[1])
@@ -310,7 +324,7 @@ class CpuDequantize(Kernel):
         return refusal(problem)
 
     def cost(self, problem: Problem) -> float:
-        return decode_then_matmul(problem, tuned_efficiency(problem.device, self.name, 0.5))
+        return predicted(problem, self.name, decode_rate=1.0, peak_share=1.0)
 
     def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
         out = torch.empty(weight.shape, dtype=problem.dtype)
