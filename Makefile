@@ -16,6 +16,9 @@ help:
 	@echo "make gpu            tests marked gpu, with the interpreter given by PYTHON, from the source tree"
 	@echo "make build          rebuild the C++ extension in place"
 
+# Threads that wait must not spin: test processes share few cores.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 # The environment. The order matters: torch first, so that nothing else picks another build of it; the two
 # packages whose own dependencies are not wanted (one builds llama.cpp, one pulls a GPU stack) come without them.
 $(STAMP): constraints.txt $(SOURCES)

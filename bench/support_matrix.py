@@ -3,8 +3,8 @@
     python -m bench.support_matrix            print it
     python -m bench.support_matrix --update   write it between the markers in README.md
 
-Each cell names the backend that dispatch takes for y = x W^T at M = 1 and M = 512 and for dX, and how far its code has been proven:
-measured (ran on such a device and was timed), compiled (compiled for it, run by the interpreter only).
+Each cell names the backend that dispatch takes for y = x W^T at M = 1 and M = 512 and for dX. Each column says how far its code has
+been proven: measured (ran on such a device and was timed), compiled (compiled for it, run by the interpreter only).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-import torch  # noqa: E402
+import torch
 
-from quantlib import dispatch  # noqa: E402
-from quantlib.devices import Device  # noqa: E402
-from quantlib.formats import families  # noqa: E402
-from quantlib.kernels import Problem, get_kernel  # noqa: E402
+from quantlib import dispatch
+from quantlib.devices import Device
+from quantlib.formats import families
+from quantlib.kernels import Problem, get_kernel
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- support matrix: begin -->", "<!-- support matrix: end -->"

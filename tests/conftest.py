@@ -6,6 +6,9 @@ import os
 import warnings
 from collections import Counter
 
+# Threads that wait must not spin: test processes share few cores. Read when torch loads its OpenMP runtime.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 if not torch.cuda.is_available():

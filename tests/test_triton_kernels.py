@@ -1,4 +1,4 @@
-"""The Triton kernels decode by the law, bit for bit, and multiply within the limits of their dtype, on every codec, scale and zero.
+"""The Triton kernels decode by the law, bit for bit, and multiply within the limits of their dtype, for every kind of format.
 
 Without a GPU they run in Triton's interpreter, which conftest.py asks for before Triton is imported.
 """
@@ -86,7 +86,7 @@ CUSTOM = (
     Format("columns2d", Affine(8), Block(None, 64), FloatScale(torch.float32)),
     Format("super5", Affine(2), Block(1, 16), SuperScale(bits=5, count=8, signed=True)),
 )
-"""Values of the known kinds that no registered format has: odd widths and blocks, a 256-entry table, float minima, 2-D zeros."""
+"""Values of the known kinds that no registered format has: odd widths and blocks, 256-entry tables, float minima, 2-D zeros."""
 
 
 @pytest.mark.parametrize("fmt", CUSTOM, ids=str)

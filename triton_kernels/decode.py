@@ -1,8 +1,8 @@
-"""Decoding in registers: a tile of the rows layout -> fp32 weights [ROWS, COLS], by the law w = (value - zero) * scale - minimum.
+"""Decoding in registers: a tile of the rows layout -> fp32 weights [ROWS, COLS]; w = (value - zero) * scale - minimum.
 
 Each difference and product is rounded once to fp32, so kernels that call this must be launched with enable_fp_fusion=False:
-a multiply fused with the following subtraction rounds once where the law rounds twice. That option isn't enough: ptxas 12.9 (Triton
-3.6) fuses packed mul.rn.f32x2 and sub.rn.f32x2 on sm_100 and sm_120 all the same, hence `rounded_product`.
+a multiply fused with the following subtraction rounds once where the law rounds twice. That option isn't enough: ptxas 12.9
+(Triton 3.6) fuses packed mul.rn.f32x2 and sub.rn.f32x2 on sm_100 and sm_120 all the same, hence `rounded_product`.
 
 What a weight is made of arrives as a WeightSpec, a constexpr; the branches below are taken at compile time.
 
@@ -73,7 +73,7 @@ def narrow(value, dtype: tl.constexpr):
 
 @triton.jit
 def rounded_product(a, b):
-    """a * b in fp32, rounded, where an addition follows that must not be fused with it: as assembly it stays a scalar mul.rn."""
+    """a * b in fp32, rounded, where an addition follows that must not be fused with it: assembly stays a scalar mul.rn."""
     if INTERPRET:
         return a * b
     else:

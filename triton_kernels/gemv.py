@@ -1,7 +1,7 @@
 """GEMV: y [M, N] = x [M, K] W^T + bias for a few rows of x, without tensor cores.
 
-Each program owns BLOCK_N rows of W over the whole of K, so no sum is split between programs and results are deterministic. Products
-are accumulated in fp32, lane by lane, and summed across lanes once at the end: one shuffle tree per output instead of one per tile.
+Each program owns BLOCK_N rows of W over the whole of K, so no sum is split between programs and results are deterministic.
+Products are accumulated in fp32, lane by lane, and summed across lanes once at the end: one shuffle tree per output.
 """
 
 import triton

@@ -1,7 +1,8 @@
 """Linear: y [M, N] = x [M, K] W^T + bias on tensor cores, W decoded tile by tile.
 
-The transpose is computed, y^T = W x^T: the weight's rows stand on the wide side of the instruction, so few rows of x waste little of
-it, and wgmma can take decoded weights from registers. Each program owns its outputs over the whole of K: no atomics, one fixed order.
+The transpose is computed, y^T = W x^T: the weight's rows stand on the wide side of the instruction, so few rows of x waste
+little of it, and wgmma can take decoded weights from registers. Each program owns its outputs over the whole of K: no atomics,
+one fixed order.
 """
 
 import triton

@@ -134,11 +134,17 @@ void linear(const Plan& plan, const py::dict& parts, int64_t m, const std::strin
     if (!chosen.linear(call)) throw std::bad_alloc();
 }
 
-void dequantize(const Plan& plan, const py::dict& parts, int64_t row_start, int64_t row_stop, const std::string& dtype,
+using Range = std::pair<int64_t, int64_t>;
+
+void dequantize(const Plan& plan, const py::dict& parts, const Range& rows, const Range& columns, const std::string& dtype,
                 uintptr_t out, int threads) {
-    if (row_start < 0 || row_stop < row_start || row_stop > plan.n) throw std::invalid_argument("rows out of range");
-    const DequantizeCall call = {&plan,    make_parts(plan, parts), row_start, row_stop, parse(DTYPES, dtype),
-                                 reinterpret_cast<void*>(out), threads};
+    if (rows.first < 0 || rows.second < rows.first || rows.second > plan.n) throw std::invalid_argument("rows out of range");
+    if (columns.first < 0 || columns.second < columns.first || columns.second > plan.k || columns.first % 32 != 0) {
+        throw std::invalid_argument("columns out of range, or not starting at a multiple of 32");
+    }
+    const DequantizeCall call = {&plan,         make_parts(plan, parts), rows.first,
+                                 rows.second,   columns.first,           columns.second,
+                                 parse(DTYPES, dtype), reinterpret_cast<void*>(out), threads};
     const Kernels& chosen = kernels();
     py::gil_scoped_release release;
     if (!chosen.dequantize(call)) throw std::bad_alloc();
@@ -180,9 +186,9 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("linear", &linear, py::arg("plan"), py::arg("parts"), py::arg("m"), py::arg("dtype"), py::arg("x"),
                py::arg("x_row_stride"), py::arg("x_column_stride"), py::arg("bias"), py::arg("y"), py::arg("threads"),
                "y[m, n] = x[m, k] W^T + bias; addresses of x, bias (fp32, or 0) and y, the latter contiguous.");
-    module.def("dequantize", &dequantize, py::arg("plan"), py::arg("parts"), py::arg("row_start"), py::arg("row_stop"),
+    module.def("dequantize", &dequantize, py::arg("plan"), py::arg("parts"), py::arg("rows"), py::arg("columns"),
                py::arg("dtype"), py::arg("out"), py::arg("threads"),
-               "W[row_start:row_stop] in `dtype` at the address `out`, contiguous.");
+               "W[rows, columns], two (start, stop), in `dtype` at the address `out`, contiguous.");
     module.def("isa", &isa, "The instruction set that runs.");
     module.def("available_isas", &available_isas, "The sets that this build and this machine have, slowest first.");
     module.def("set_isa", &set_isa, py::arg("name"), "Choose an available set (for tests and comparisons).");

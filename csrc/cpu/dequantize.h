@@ -1,5 +1,5 @@
-// Packed rows -> W[row_start:row_stop] in fp32, bf16 or fp16: the law in fp32, rounded once. fp32 goes straight to its place, except
-// for a last chunk that is not whole.
+// Packed rows -> a rectangle of W in fp32, bf16 or fp16: the law in fp32, rounded once. fp32 goes straight to its place, except for
+// a last chunk that is not whole.
 #pragma once
 
 #include "rows.h"
@@ -9,10 +9,13 @@ namespace quantlib::cpu::QUANTLIB_ISA {
 inline bool dequantize(const DequantizeCall& call) {
     const Plan& plan = *call.plan;
     const int64_t rows = call.row_stop - call.row_start;
-    if (rows == 0 || plan.k == 0) return true;
-    const int64_t columns = round_up(plan.k, CHUNK), row_bytes = plan.k * item_size(call.dtype);
-    const int threads = useful_threads(rows * columns, call.threads);
-    const int64_t thread_floats = round_up(numbers_size(plan) + columns, LANES);
+    const int64_t width = call.column_stop - call.column_start;
+    if (rows == 0 || width == 0) return true;
+    const int64_t row_bytes = width * item_size(call.dtype);
+    const int64_t first = call.column_start / CHUNK, last = round_up(call.column_stop, CHUNK) / CHUNK;
+    const int64_t direct = call.dtype == DType::float32 ? width / CHUNK : 0;  // chunks that need no scratch
+    const int threads = useful_threads(rows * width, call.threads);
+    const int64_t thread_floats = round_up(numbers_size(plan) + (last - first) * CHUNK, LANES);
     const Scratch scratch(threads * thread_floats);
     if (scratch.floats == nullptr) return false;
 
@@ -27,11 +30,10 @@ inline bool dequantize(const DequantizeCall& call) {
             expand_row(plan, call.parts, call.row_start + i, numbers);
             const Row weights(plan, call.parts, call.row_start + i, numbers);
             uint8_t* to = out + i * row_bytes;
-            const int64_t direct = call.dtype == DType::float32 ? plan.k / CHUNK : 0;
             StoreSink straight{reinterpret_cast<float*>(to)}, sink{decoded};
-            weights.decode(loop, 0, direct, straight);
-            weights.decode(loop, direct, columns / CHUNK, sink);
-            write_numbers(call.dtype, decoded, plan.k - direct * CHUNK, to + direct * CHUNK * sizeof(float));
+            weights.decode(loop, first, first + direct, straight);
+            weights.decode(loop, first + direct, last, sink);
+            write_numbers(call.dtype, decoded, width - direct * CHUNK, to + direct * CHUNK * sizeof(float));
         }
     }
     return true;

@@ -61,8 +61,9 @@ struct DequantizeCall {
     const Plan* plan;
     Parts parts;
     int64_t row_start, row_stop;
+    int64_t column_start, column_stop;  // the start is a multiple of 32
     DType dtype;
-    void* out;  // [row_stop - row_start, k] contiguous
+    void* out;  // [row_stop - row_start, column_stop - column_start] contiguous
     int threads;
 };
 

@@ -32,7 +32,7 @@ SCALE_KINDS = ("float", "e4m3_global", "e8m0", "double", "super")
 LINEAR_ROWS = 16
 """Rows of x up to which the fused kernel multiplies; beyond, the matrix library wins even though it needs decoded weights."""
 DECODED_BYTES = 4 << 20
-"""Bound of the decoded rows of W that exist at once: they stay in the cache between decoding and multiplying."""
+"""Bound of the decoded part of W that exists at once: it stays in the cache between decoding and multiplying."""
 
 
 def build_record() -> dict[str, Any]:
@@ -170,23 +170,36 @@ class Packed:
             torch.get_num_threads(),
         )
 
-    def decode(self, start: int, stop: int, out: Tensor) -> None:
-        """out, contiguous = W[start:stop] in out's dtype."""
+    def decode(self, rows: tuple[int, int], columns: tuple[int, int], out: Tensor) -> None:
+        """out, contiguous = W[rows, columns] in out's dtype; the first column is a multiple of 32."""
         _cpu.dequantize(
-            self.plan.native, self.addresses, start, stop, DTYPES[out.dtype], out.data_ptr(), torch.get_num_threads()
+            self.plan.native, self.addresses, rows, columns, DTYPES[out.dtype], out.data_ptr(), torch.get_num_threads()
         )
 
 
-def decoded_blocks(weight: QuantizedTensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-    """(start, stop, W[start:stop] in `dtype`) over all rows; one buffer serves every block, DECODED_BYTES or 64 rows of it."""
+def decoded_rows(weight: QuantizedTensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """(start, stop, W[start:stop] in `dtype`) over all rows; one buffer of DECODED_BYTES, or of 64 rows, serves every block."""
     packed = Packed.of(weight)
     n, k = weight.shape
-    rows = min(n, max(64, DECODED_BYTES // max(1, k * dtype.itemsize) // 16 * 16))
-    buffer = torch.empty(rows, k, dtype=dtype)
-    for start in range(0, n, max(rows, 1)):
-        stop = min(start + rows, n)
-        block = buffer[: stop - start]
-        packed.decode(start, stop, block)
+    step = max(64, DECODED_BYTES // max(1, k * dtype.itemsize) // 16 * 16)
+    buffer = torch.empty(min(step, n) * k, dtype=dtype)
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        block = buffer[: (stop - start) * k].view(stop - start, k)
+        packed.decode((start, stop), (0, k), block)
+        yield start, stop, block
+
+
+def decoded_columns(weight: QuantizedTensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """(start, stop, W[:, start:stop] in `dtype`) over all columns, in the same way."""
+    packed = Packed.of(weight)
+    n, k = weight.shape
+    step = max(64, DECODED_BYTES // max(1, n * dtype.itemsize) // 32 * 32)
+    buffer = torch.empty(min(step, k) * n, dtype=dtype)
+    for start in range(0, k, step):
+        stop = min(start + step, k)
+        block = buffer[: (stop - start) * n].view(n, stop - start)
+        packed.decode((0, n), (start, stop), block)
         yield start, stop, block
 
 
@@ -227,13 +240,21 @@ def refusal(problem: Problem) -> str | None:
 def predicted(problem: Problem, kernel: str, decode_rate: float, peak_share: float) -> float:
     """Microseconds: reading the packed weight, or decoding `decode_rate` weights per ns and thread and then multiplying.
 
-    The rates are those of one core of an EPYC of the fourth generation (AVX-512); bench/tuned corrects them for other devices.
+    The rates were measured on a core of a fourth-generation EPYC (AVX-512), in units of torch's fp32 matmul, which the costs of
+    every kernel take for the peak; bench/tuned corrects them for other devices.
     """
     device = problem.device
     memory = (packed_bytes(problem) + activation_bytes(problem)) / (device.bandwidth * 1e3)
     decode = problem.n * problem.k / (device.units * decode_rate * 1e3)
     compute = 2 * problem.m * problem.n * problem.k / (device.peak_tflops * 1e6 * peak_share)
     return max(memory, decode + compute) / tuned_efficiency(device, kernel, 1.0)
+
+
+def predicted_decode_matmul(problem: Problem, kernel: str) -> float:
+    """Microseconds of decoding in blocks and multiplying in torch. Its 16-bit products are fast, but start slowly."""
+    if product_dtype(problem.dtype) is torch.float32:
+        return predicted(problem, kernel, decode_rate=12.0, peak_share=1.0)
+    return predicted(problem, kernel, decode_rate=5.7, peak_share=2.4)
 
 
 def _activations(problem: Problem, x: Tensor) -> Tensor:
@@ -252,7 +273,7 @@ class CpuLinear(Kernel):
         return refusal(problem)
 
     def cost(self, problem: Problem) -> float:
-        return predicted(problem, self.name, decode_rate=14.0, peak_share=0.62)
+        return predicted(problem, self.name, decode_rate=21.0, peak_share=0.95)
 
     def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
         y = x.new_empty(x.shape[0], weight.shape[0])
@@ -263,6 +284,11 @@ class CpuLinear(Kernel):
             for start in range(0, x.shape[0], LINEAR_ROWS):
                 packed.linear(x[start : start + LINEAR_ROWS], bias, y[start : start + LINEAR_ROWS])
         return y
+
+
+ROUNDED_FOR_PRODUCT = (
+    "weights decoded in fp32 and rounded once to x's dtype, or left in fp32 where the CPU lacks products of it"
+)
 
 
 class CpuDecodeMatmul(Kernel):
@@ -279,9 +305,7 @@ class CpuDecodeMatmul(Kernel):
         return refusal(problem)
 
     def cost(self, problem: Problem) -> float:
-        if product_dtype(problem.dtype) is torch.float32:
-            return predicted(problem, self.name, decode_rate=8.0, peak_share=0.65)
-        return predicted(problem, self.name, decode_rate=3.7, peak_share=1.6)
+        return predicted_decode_matmul(problem, self.name)
 
     def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
         y = x.new_empty(x.shape[0], weight.shape[0])
@@ -290,7 +314,7 @@ class CpuDecodeMatmul(Kernel):
         dtype = product_dtype(x.dtype)
         x = _activations(problem, x).to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        for start, stop, block in decoded_blocks(weight, dtype):
+        for start, stop, block in decoded_rows(weight, dtype):
             y[:, start:stop] = torch.nn.functional.linear(x, block, None if bias is None else bias[start:stop])
         return y
 
@@ -299,20 +323,23 @@ class CpuDgrad(Kernel):
     name = "cpu_dgrad"
     backend = "cpu"
     operation = "dgrad"
-    scaling = "weights decoded in fp32 and not rounded; products in fp32, summed block by block in the order of the rows"
+    scaling = ROUNDED_FOR_PRODUCT
 
     def supports(self, problem: Problem) -> str | None:
         return refusal(problem)
 
     def cost(self, problem: Problem) -> float:
-        return predicted(problem, self.name, decode_rate=8.0, peak_share=0.6)
+        return predicted_decode_matmul(problem, self.name)
 
     def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
-        dx = torch.zeros(x.shape[0], weight.shape[1])
-        if dx.numel():
-            for start, stop, block in decoded_blocks(weight, torch.float32):
-                dx.addmm_(x[:, start:stop].to(torch.float32), block)
-        return dx.to(x.dtype)
+        dx = x.new_zeros(x.shape[0], weight.shape[1])
+        if x.numel() == 0:
+            return dx
+        dtype = product_dtype(x.dtype)
+        x = x.to(dtype)
+        for start, stop, block in decoded_columns(weight, dtype):
+            dx[:, start:stop] = x @ block
+        return dx
 
 
 class CpuDequantize(Kernel):
@@ -329,7 +356,8 @@ class CpuDequantize(Kernel):
     def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
         out = torch.empty(weight.shape, dtype=problem.dtype)
         if out.numel():
-            Packed.of(weight).decode(0, weight.shape[0], out)
+            n, k = weight.shape
+            Packed.of(weight).decode((0, n), (0, k), out)
         return out
 
 

@@ -129,8 +129,10 @@ class TritonDequantize(Kernel):
 
 
 class TritonDgrad(Kernel):
-    """dx = dy W: the weight is decoded once by `triton_dequantize`, then multiplied by torch. Decoding again for every tile of dy
-    inside a fused loop was 2.5 to 10 times slower than this."""
+    """dx = dy W: the weight is decoded once by `triton_dequantize`, then multiplied by torch.
+
+    Decoding again for every tile of dy, inside a fused loop, would multiply the work of decoding by the number of tiles.
+    """
 
     name = "triton_dgrad"
     backend = "triton"

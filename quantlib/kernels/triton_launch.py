@@ -185,9 +185,7 @@ def dequantize_launch(weight: QuantizedTensor, out: Tensor) -> Launch:
     return Launch(dequantize_kernel, (-(-k // tile.k), -(-n // tile.n)), arguments, tile.options)
 
 
-def _product_arguments(
-    x: Tensor, weight: QuantizedTensor, bias: Tensor | None, y: Tensor, tile: Tile
-) -> dict[str, Any]:
+def _product_arguments(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, y: Tensor, tile: Tile) -> dict[str, Any]:
     n, k = weight.shape
     return {
         "x": x,
