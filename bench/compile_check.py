@@ -5,7 +5,7 @@
 
 Arguments, constexprs and options are those of a real launch: the kernels' own launchers build them, from tensors on the `meta`
 device, and Triton's own specialization reads them. Checked in every row: the PTX holds the intended instruction, nothing is
-spilled to local memory, shared memory fits the chip, and decoding holds no fused multiply-add, which would break the rounding law.
+spilled to local memory, shared memory fits the chip, and decoding holds no fused multiply-add, which would round otherwise.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Case:
 class Row:
     """What the compiler made of a case.
 
-    `local`: bytes of local memory, which is where spills go. `fused`: FFMA instructions in the machine code, where decoding alone
-    could be their source; None where the kernel itself multiplies and adds, or where another case decodes alike.
+    `local`: bytes of local memory, which is where spills go. `fused`: FFMA instructions in machine code where decoding alone
+    could hold them; None where the kernel itself multiplies and adds, or where another case decodes alike.
     """
 
     instruction: str
@@ -123,7 +123,7 @@ class CompileOnlyDriver:
         return 0
 
 
-def launch_of(case: Case) -> triton_launch.Launch:
+def launch_of(arch: int, case: Case) -> triton_launch.Launch:
     """The launch that the case's problem leads to, on tensors without storage."""
     fmt, dtype = get_format(case.format), getattr(torch, case.dtype)
     specs = fmt.specs(N, case.k)
@@ -135,7 +135,7 @@ def launch_of(case: Case) -> triton_launch.Launch:
     bias = torch.empty(N, dtype=dtype, device="meta")
     if case.kernel == "gemv":
         return triton_launch.gemv_launch(x, weight, bias, y, triton_launch.gemv_tile(case.m, case.k))
-    return triton_launch.linear_launch(x, weight, bias, y, triton_launch.linear_tile(case.m, dtype))
+    return triton_launch.linear_launch(x, weight, bias, y, triton_launch.linear_tile(case.m, case.k, dtype, arch))
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -156,8 +156,10 @@ def instruction_of(ptx: str) -> str:
 
 
 def shows_decoding(arch: int, case: Case) -> bool:
-    """Whether the case is disassembled to look for fused multiply-adds. Disassembling takes as long as compiling, and Triton 3.6's
-    disassembler knows neither sm_103 nor sm_121."""
+    """Whether the case is disassembled to look for fused multiply-adds.
+
+    That takes as long as compiling, and the disassembler of Triton 3.6 knows neither sm_103 nor sm_121.
+    """
     if arch in SIBLINGS:
         return False
     return case.kernel == "dequantize" or (case.kernel == "linear" and case.m == 16 and case.dtype != "float32")
@@ -168,7 +170,7 @@ def compile_case(arch: int, case: Case) -> Row:
     from triton.runtime import driver
 
     driver.set_active(CompileOnlyDriver(arch))
-    compiled = launch_of(case).compile()
+    compiled = launch_of(arch, case).compile()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -257,9 +259,9 @@ def render(tables: dict[str, Table]) -> str:
     lines = [
         "# What the Triton kernels compile to",
         "",
-        "Written by `python -m bench.compile_check --update`; `make compile-check` and tests/test_compile_table.py compare with",
-        f"it. Compiled without a GPU: no row says anything about speed. W is [{N}, {K}] unless K is named. No row uses local",
-        "memory, and no decoding holds a fused multiply-add.",
+        "Written by `python -m bench.compile_check --update`; `make compile-check` and tests/test_compile_table.py compare",
+        f"with it. Compiled without a GPU: no row says anything about speed. W is [{N}, {K}] unless K is named. No row uses",
+        "local memory, and no decoding holds a fused multiply-add.",
     ]
     for version, table in sorted(tables.items(), reverse=True):
         lines += [

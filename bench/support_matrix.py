@@ -3,8 +3,8 @@
     python -m bench.support_matrix            print it
     python -m bench.support_matrix --update   write it between the markers in README.md
 
-Each cell names the backend that dispatch takes for y = x W^T at M = 1 and M = 512 and for dX. Each column says how far its code has
-been proven: measured (ran on such a device and was timed), compiled (compiled for it, run by the interpreter only).
+Each cell names the backend that dispatch takes for y = x W^T at M = 1 and M = 512 and for dX. Each column says how far its
+code has been proven: measured (ran on such a device and was timed), compiled (compiled for it, run by the interpreter only).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-// Packed rows -> a rectangle of W in fp32, bf16 or fp16: the law in fp32, rounded once. fp32 goes straight to its place, except for
-// a last chunk that is not whole.
+// Packed rows -> a rectangle of W in fp32, bf16 or fp16: the law in fp32, rounded once. fp32 goes straight to its place,
+// except for a last chunk that is not whole.
 #pragma once
 
 #include "rows.h"

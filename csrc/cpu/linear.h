@@ -1,7 +1,8 @@
 // y[M, N] = x[M, K] W^T + bias for few rows of x: weights are decoded in fp32 and never rounded, products and sums are fp32.
 //
-// Threads split the rows of W. Within a row the order of additions is fixed: vectors of x*w go to two chains by turns, the chains
-// are added, then the lanes. It depends neither on the number of threads nor on M, so a row of y has the same bits in any batch.
+// Threads split the rows of W. Within a row the order of additions is fixed: vectors of x*w go to two chains by turns, the
+// chains are added, then the lanes. It depends neither on the number of threads nor on M, so a row of y has the same bits in
+// any batch.
 //
 //     M = 1   a row of W goes from its packed bytes into the two chains without leaving the registers
 //     M > 1   ROWS rows x BLOCK columns are decoded into the first-level cache, then multiplied with two rows of x at a time:

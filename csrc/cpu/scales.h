@@ -7,7 +7,8 @@
 
 namespace quantlib::cpu::QUANTLIB_ISA {
 
-// One row's numbers, with room for row_capacity each. `minimum` and `zero` hold zeros where the format has none and the other one exists: x - 0 is x.
+// One row's numbers, with room for row_capacity each. Where a format has only one of `zero` and `minimum`, the other holds
+// zeros: x - 0 is x.
 struct RowNumbers {
     float* scale;
     float* zero;

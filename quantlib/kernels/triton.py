@@ -73,7 +73,8 @@ class TritonLinear(Kernel):
         y = x.new_empty(x.shape[0], weight.shape[0])
         if y.numel():
             # A row's sum must not depend on the batch: one tile for every M then.
-            tile = linear_tile(1 if problem.batch_invariant else x.shape[0], x.dtype)
+            m = 1 if problem.batch_invariant else x.shape[0]
+            tile = linear_tile(m, problem.k, x.dtype, problem.device.capability)
             linear_launch(_rows(problem, x), weight, bias, y, tile).run(x.device)
         return y
 

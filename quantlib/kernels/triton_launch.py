@@ -144,20 +144,19 @@ def weight_arguments(weight: QuantizedTensor) -> dict[str, Any]:
     }
 
 
-def linear_tile(m: int, dtype: torch.dtype) -> Tile:
-    """The tile of `linear`, for any device: narrow in M where M is small, so that few lanes multiply padding.
+def linear_tile(m: int, k: int, dtype: torch.dtype, capability: int) -> Tile:
+    """The tile of `linear`: narrow in M where M is small, so that few lanes multiply padding; `capability` is 0 for a CPU.
 
-    fp32 has no tensor-core instruction without TF32's rounding, so its tile is what fused multiply-adds can hold in registers.
+    fp32 has no tensor-core instruction without TF32's rounding, so its tile is what fused multiply-adds can hold in registers;
+    and it stays below 64 rows of W, from where on Triton 3.6 takes TF32 on sm_100 although IEEE precision is asked for.
     """
     if dtype == torch.float32:
-        return Tile(16, 32, 32, 4, 2, registers=255) if m <= 16 else Tile(32, 64, 32, 4, 2, registers=255)
-    if m <= 16:
-        return Tile(16, 64, 64, 4, 3)
-    if m <= 32:
-        return Tile(32, 64, 64, 4, 3)
+        return Tile(16 if m <= 16 else 32, 32, 32, 4, 2, registers=255)
     if m <= 64:
-        return Tile(64, 64, 64, 4, 3)
-    return Tile(128, 128, 64, 8, 3)
+        return Tile(16 if m <= 16 else 32 if m <= 32 else 64, 64, 64, 4, 3)
+    # A deep tile spills where mma.sync makes several warps decode the same weights, and where K needs masks.
+    deep = 90 <= capability < 120 and k % 64 == 0
+    return Tile(128, 128, 64 if deep else 32, 8, 3)
 
 
 def gemv_tile(m: int, k: int) -> Tile:
