@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 import quantlib
+import quantlib.kernels
 from quantlib import dispatch
 from quantlib.devices import Device, device_facts
 from quantlib.kernels import Kernel, Problem, list_kernels, register_kernel, unregister_kernel
@@ -119,3 +121,9 @@ def test_devices_begin_with_the_cpu() -> None:
     assert found[0].kind == "cpu"
     assert found[0].units == torch.get_num_threads()
     assert len(found) == 1 + torch.cuda.device_count()
+
+
+def test_the_cpu_extension_is_built_wherever_there_is_a_compiler() -> None:
+    if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
+        assert quantlib.kernels.cpu.unavailable is None
+        assert {"cpu_linear", "cpu_decode_matmul"} >= {dispatch.select(problem(m)).name for m in (1, 16, 512)}
