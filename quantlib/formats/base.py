@@ -142,8 +142,8 @@ class Format:
         # A clone, because `contiguous` leaves odd strides in dimensions of size one, and parts are viewed as bytes.
         return {name: part.clone(memory_format=torch.contiguous_format) for name, part in parts.items()}
 
-    def slabs(self, weight: Tensor, elements: int = 1 << 21) -> list[tuple[int, int, Tensor]]:
-        """(start, stop, weight[start:stop]) over whole block rows, about `elements` weights each, to bound memory."""
+    def slabs(self, weight: Tensor, elements: int = 1 << 19) -> list[tuple[int, int, Tensor]]:
+        """(start, stop, weight[start:stop]) over whole block rows, about `elements` weights each: bounds memory, stays in cache."""
         n, k = weight.shape
         step = max(n, 1)
         if self.block.rows is not None:
