@@ -143,7 +143,7 @@ class Format:
         return {name: part.clone(memory_format=torch.contiguous_format) for name, part in parts.items()}
 
     def slabs(self, weight: Tensor, elements: int = 1 << 19) -> list[tuple[int, int, Tensor]]:
-        """(start, stop, weight[start:stop]) over whole block rows, about `elements` weights each: bounds memory, stays in cache."""
+        """(start, stop, weight[start:stop]) over whole block rows, about `elements` weights each: they stay in the cache."""
         n, k = weight.shape
         step = max(n, 1)
         if self.block.rows is not None:
