@@ -44,6 +44,26 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     assert wrong == 0, f"{wrong} of {actual.numel()} elements differ in their bits"
 
 
+def ulps_between(actual: Tensor, expected: Tensor) -> int:
+    """How many numbers of their dtype (fp16, bf16 or fp32) lie between two tensors, at the place where most do; +0 and -0 are
+    one."""
+    ordered = []
+    for tensor in (actual, expected):
+        bits = tensor.contiguous().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16).to(torch.int64)
+        magnitude = bits & (0x7FFFFFFF if tensor.dtype == torch.float32 else 0x7FFF)
+        ordered.append(torch.where(bits < 0, -magnitude, magnitude))
+    return int((ordered[0] - ordered[1]).abs().max()) if actual.numel() else 0
+
+
+def assert_within_ulps(actual: Tensor, expected: Tensor, ulps: int) -> None:
+    """Fail unless shape and dtype agree and no two elements are more than `ulps` numbers of their dtype apart."""
+    assert actual.shape == expected.shape, f"shape {list(actual.shape)} instead of {list(expected.shape)}"
+    assert actual.dtype == expected.dtype, f"dtype {actual.dtype} instead of {expected.dtype}"
+    assert not bool(actual.isnan().any()), "the result holds NaN"
+    found = ulps_between(actual, expected)
+    assert found <= ulps, f"{found} ulp apart, {ulps} allowed"
+
+
 def _bytes(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, flat. A clone has plain strides; `contiguous` keeps odd ones of dimensions of size 1."""
     return tensor.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from quantlib.errors import ShapeError
 from quantlib.formats.base import Format
 from quantlib.formats.scales import Parts
+from quantlib.layouts import fragments
 
 
 @dataclass(frozen=True)
@@ -61,4 +62,7 @@ def list_layouts() -> list[Layout]:
     return list(_LAYOUTS.values())
 
 
+FRAGMENTS = Layout("fragments", fragments.forward, fragments.inverse, fragments.supports)
+
 register_layout(ROWS)
+register_layout(FRAGMENTS)
