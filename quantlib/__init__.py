@@ -11,9 +11,11 @@ from quantlib.algorithms import quantize
 from quantlib.devices import devices
 from quantlib.errors import CheckpointError, FormatError, KernelError, QuantlibError, ShapeError
 from quantlib.evaluation import Evaluation, evaluate
+from quantlib.experts import QuantizedExperts
 from quantlib.explain import explain
 from quantlib.formats import Format, get_format, list_formats
-from quantlib.nn import QuantLinear
+from quantlib.grouped_ops import grouped_linear
+from quantlib.nn import QuantExperts, QuantLinear
 from quantlib.ops import linear
 from quantlib.patch import patch, unpatch
 from quantlib.report import PatchReport
@@ -31,7 +33,9 @@ __all__ = [
     "FormatError",
     "KernelError",
     "PatchReport",
+    "QuantExperts",
     "QuantLinear",
+    "QuantizedExperts",
     "QuantizedTensor",
     "QuantlibError",
     "ShapeError",
@@ -39,6 +43,7 @@ __all__ = [
     "evaluate",
     "explain",
     "get_format",
+    "grouped_linear",
     "linear",
     "list_formats",
     "load",

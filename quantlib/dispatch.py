@@ -14,12 +14,15 @@ from quantlib.devices import device_facts
 from quantlib.errors import KernelError
 from quantlib.formats.base import Format
 from quantlib.kernels import base
-from quantlib.kernels.base import Kernel, Operation, Problem
+from quantlib.kernels.base import Declaration, Kernel, Operation, Problem
 from quantlib.layouts import get_layout
 from quantlib.tensor import QuantizedTensor
 
 PREPARE_FOR = (1, 16, 512)
 """The batch sizes that one layout is chosen for: one copy of the weight serves decoding and prefill."""
+
+MOST_REMEMBERED = 256
+"""Entries of a weight's memo, most of them one per batch size, before it is emptied."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def bucket(m: int) -> int:
     return m if m <= 64 else 1 << (m - 1).bit_length()
 
 
-def _refusal(kernel: Kernel, problem: Problem) -> str | None:
+def _refusal(kernel: Declaration, problem: Problem) -> str | None:
     if kernel.layout not in ("any", problem.layout):
         return f"works on the layout {kernel.layout!r}, the weight lies in {problem.layout!r}"
     return kernel.supports(problem)
@@ -61,7 +64,7 @@ def _refusal(kernel: Kernel, problem: Problem) -> str | None:
 def choices(problem: Problem) -> list[Choice]:
     """Every kernel of the operation: those that can run it by cost, then those that can't, with their reasons."""
     found = []
-    for kernel in base.list_kernels(problem.operation):
+    for kernel in base.declarations(problem.operation):
         refusal = _refusal(kernel, problem)
         cost = kernel.cost(problem) if refusal is None else None
         found.append(Choice(kernel.name, kernel.backend, cost, refusal))
@@ -69,17 +72,23 @@ def choices(problem: Problem) -> list[Choice]:
 
 
 def select(problem: Problem, kernel: str | None = None) -> Kernel:
-    """The kernel that runs the problem; `kernel` forces one by name.
+    """The kernel that runs a problem of one weight; `kernel` forces one by name. Raises as `choose`."""
+    return base.get_kernel(choose(problem, kernel))
+
+
+def choose(problem: Problem, kernel: str | None = None) -> str:
+    """The name of the kernel that runs the problem; `kernel` forces one.
 
     Raises KernelError where the forced kernel is unknown, of another operation, or can't run the problem (saying why).
     """
-    if kernel is not None:
-        return _forced(problem, kernel)
-    return base.get_kernel(_select(replace(problem, m=bucket(problem.m)), _table_version()))
+    if kernel is None:
+        return _select(replace(problem, m=bucket(problem.m)), _table_version())
+    _check_forced(problem, base.get_declaration(kernel))
+    return kernel
 
 
 def _table_version() -> tuple[str, ...]:
-    return tuple(kernel.name for kernel in base.list_kernels())
+    return tuple(kernel.name for kernel in base.declarations())
 
 
 @lru_cache(maxsize=4096)
@@ -99,14 +108,13 @@ def _warn_reference(device: str, fmt: str) -> None:
     )
 
 
-def _forced(problem: Problem, name: str) -> Kernel:
-    kernel = base.get_kernel(name)
+def _check_forced(problem: Problem, kernel: Declaration) -> None:
+    name = kernel.name
     if kernel.operation != problem.operation:
         raise KernelError(f"kernel {name!r} does {kernel.operation}, asked for {problem.operation}")
     refusal = _refusal(kernel, problem)
     if refusal is not None:
         raise KernelError(f"kernel {name!r} can't run {problem.format} M={problem.m} N={problem.n} K={problem.k}: {refusal}")
-    return kernel
 
 
 def run(
@@ -120,8 +128,17 @@ def run(
 ) -> Tensor:
     """Select and run. x is [M, K] for linear, [M, N] for dgrad, and an empty tensor of the wanted dtype for dequantize."""
     m = 0 if operation == "dequantize" else x.shape[0]
-    problem = problem_of(operation, m, weight, x.dtype, activations, x.device, batch_invariant)
-    return select(problem, kernel).run(problem, x, weight, bias)
+    # The problem and its kernel are kept with the weight: stating and choosing anew costs more than a small kernel runs.
+    key = (operation, m, x.dtype, x.device, activations, kernel, batch_invariant, base.generation())
+    found = weight.memo.get(key)
+    if found is None:
+        if len(weight.memo) > MOST_REMEMBERED:
+            weight.memo.clear()
+        problem = problem_of(operation, m, weight, x.dtype, activations, x.device, batch_invariant)
+        found = weight.memo[key] = problem, select(problem, kernel)
+    problem, chosen = found
+    result: Tensor = chosen.run(problem, x, weight, bias)
+    return result
 
 
 def best_layout(

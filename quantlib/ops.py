@@ -114,8 +114,10 @@ def linear_from_parts(
     activations: str | None = None,
     kernel: str | None = None,
     batch_invariant: bool = False,
+    weight: QuantizedTensor | None = None,
 ) -> Tensor:
-    """`linear` for a caller that holds the parts one by one (QuantLinear): arguments as in the op `quantlib::linear`.
+    """`linear` for a caller that holds the parts one by one (QuantLinear): arguments as in the op `quantlib::linear`, and the
+    same parts as one object where the caller keeps one, so that what kernels remember with it is found again.
 
     Raises ShapeError for an x whose last dimension is not k, or whose dtype or device does not fit.
     """
@@ -133,7 +135,10 @@ def linear_from_parts(
     if wants_grad or torch.compiler.is_compiling():
         result: Tensor = linear_op(x, parts, bias, names, fmt, n, k, layout, activations, kernel, batch_invariant)
         return result
-    weight = _weight(parts, names, fmt, n, k, layout)
+    if weight is None:
+        weight = _weight(parts, names, fmt, n, k, layout)
+    if x.dim() == 2:
+        return dispatch.run("linear", x, weight, bias, activations, kernel, batch_invariant)
     y = dispatch.run("linear", x.reshape(-1, k), weight, bias, activations, kernel, batch_invariant)
     return y.view(*x.shape[:-1], n)
 
@@ -159,4 +164,4 @@ def linear(
     parts, names = list(qweight.parts.values()), ",".join(qweight.parts)
     n, k = qweight.shape
     name = qweight.format.name
-    return linear_from_parts(x, parts, bias, names, name, n, k, qweight.layout, activations, kernel, batch_invariant)
+    return linear_from_parts(x, parts, bias, names, name, n, k, qweight.layout, activations, kernel, batch_invariant, qweight)

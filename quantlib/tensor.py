@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,12 +22,14 @@ class QuantizedTensor:
     shape    (N, K) = (out_features, in_features), without padding
     parts    name -> tensor, in the order of `format.specs`; shapes and dtypes in the rows layout are `format.specs(N, K)`
     layout   the name of the layout that `parts` lie in
+    memo     what kernels derive from the parts and want again at the next call; it lives as long as this object
     """
 
     format: Format
     shape: tuple[int, int]
     parts: dict[str, Tensor]
     layout: str = "rows"
+    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def device(self) -> torch.device:

@@ -24,6 +24,7 @@ FORMATS: tuple[str, ...] = (
     "fp8-e5m2",
     "fp8-e4m3-tensor",
     "fp8-e4m3-block128",
+    "fp8-e4m3-g128",
     "nvfp4",
     "nvfp4-46",
     "mxfp4",

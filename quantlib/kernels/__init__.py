@@ -1,16 +1,20 @@
 """Level 2: how to MULTIPLY. Importing this package fills the table of kernels; each kernel declares itself in its own file."""
 
-from quantlib.kernels import cpu, reference, triton
+from quantlib.kernels import activations, cpu, grouped, reference, torch_scaled, triton, triton_fragments
 from quantlib.kernels.base import Kernel, Problem, get_kernel, list_kernels, register_kernel, unregister_kernel
 
 __all__ = [
     "Kernel",
     "Problem",
+    "activations",
     "cpu",
     "get_kernel",
+    "grouped",
     "list_kernels",
     "reference",
     "register_kernel",
+    "torch_scaled",
     "triton",
+    "triton_fragments",
     "unregister_kernel",
 ]

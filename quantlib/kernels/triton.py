@@ -1,4 +1,4 @@
-"""The generic Triton kernels: every codec kind under every scale and zero kind, in the rows layout.
+"""The Triton kernels of the rows layout: every codec kind under every scale and zero kind, any block.
 
 They need a CUDA device. With TRITON_INTERPRET=1 they also run on the CPU, for tests, and are then never the cheapest.
 """
@@ -12,26 +12,23 @@ from torch import Tensor
 
 from quantlib.formats import get_format
 from quantlib.kernels.base import Kernel, Problem, register_kernel
-from quantlib.kernels.costs import decode_then_matmul, roofline, tuned_efficiency
+from quantlib.kernels.costs import Schedule, decode_then_matmul, modelled, round_trip_cost, tuned_efficiency
 from quantlib.kernels.reference import round_trip
 from quantlib.kernels.triton_launch import (
     CODEC_KINDS,
     SCALE_KINDS,
-    dequantize_launch,
-    gemv_launch,
-    gemv_tile,
     import_failure,
     interpreting,
-    linear_launch,
-    linear_tile,
+    rows_dequantize_launch,
+    rows_linear_launch,
+    rows_linear_tile,
 )
 from quantlib.tensor import QuantizedTensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-GEMV_ROWS = 4
 
 
-def refusal(problem: Problem) -> str | None:
+def refusal(problem: Problem, layout: str = "rows") -> str | None:
     """Why no Triton kernel can run the problem, or None."""
     fmt, device = problem.format, problem.device
     if device.kind != "cuda" and not interpreting():
@@ -40,8 +37,8 @@ def refusal(problem: Problem) -> str | None:
         return f"Triton kernels need compute capability 8.0 or newer; {device.name} is {device.arch}"
     if problem.dtype not in DTYPES:
         return f"computes in fp16, bf16 or fp32, not in {str(problem.dtype).removeprefix('torch.')}"
-    if problem.layout != "rows":
-        return f"reads the rows layout; the weight lies in {problem.layout!r}"
+    if problem.layout != layout:
+        return f"reads the {layout} layout; the weight lies in {problem.layout!r}"
     if fmt.codec.kind not in CODEC_KINDS:
         return f"decodes the codec kinds {', '.join(CODEC_KINDS)}, not {fmt.codec.kind!r}"
     if fmt.scale.kind not in SCALE_KINDS:
@@ -49,15 +46,15 @@ def refusal(problem: Problem) -> str | None:
     return import_failure()
 
 
-def _rows(problem: Problem, x: Tensor) -> Tensor:
+def activation_rows(problem: Problem, x: Tensor) -> Tensor:
     """x as the kernels read it: rounded to the activations' format where there is one, with unit column stride."""
     if problem.activations is not None:
         x = round_trip(x, get_format(problem.activations))
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-class TritonLinear(Kernel):
-    name = "triton_linear"
+class TritonRowsLinear(Kernel):
+    name = "triton_rows_linear"
     backend = "triton"
     operation = "linear"
 
@@ -67,40 +64,20 @@ class TritonLinear(Kernel):
     def cost(self, problem: Problem) -> float:
         if interpreting():
             return math.inf
-        return roofline(problem, tuned_efficiency(problem.device, self.name, 0.35), peak_share=0.4)
+        # Decoding byte by byte takes some ten instructions a weight; a program has one tile of loads under way.
+        blocks_m = -(-problem.m // (64 if problem.m <= 64 else 128))
+        programs = -(-problem.n // 64) * blocks_m
+        schedule = Schedule(programs, 4, 64 * 64 * problem.format.codec.bits // 8, blocks_m, instructions=10.0)
+        efficiency = tuned_efficiency(problem.device, self.name, 0.5)
+        return modelled(problem, schedule, 0.5, efficiency) + round_trip_cost(problem)
 
     def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
         y = x.new_empty(x.shape[0], weight.shape[0])
         if y.numel():
             # A row's sum must not depend on the batch: one tile for every M then.
             m = 1 if problem.batch_invariant else x.shape[0]
-            tile = linear_tile(m, problem.k, x.dtype, problem.device.capability)
-            linear_launch(_rows(problem, x), weight, bias, y, tile).run(x.device)
-        return y
-
-
-class TritonGemv(Kernel):
-    name = "triton_gemv"
-    backend = "triton"
-    operation = "linear"
-
-    def supports(self, problem: Problem) -> str | None:
-        if problem.m > GEMV_ROWS:
-            return f"multiplies up to {GEMV_ROWS} rows; the batch has {problem.m}"
-        if problem.batch_invariant:
-            return "sums in another order than the kernels of larger batches, and batch_invariant is set"
-        return refusal(problem)
-
-    def cost(self, problem: Problem) -> float:
-        if interpreting():
-            return math.inf
-        return roofline(problem, tuned_efficiency(problem.device, self.name, 0.5), peak_share=0.03)
-
-    def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
-        y = x.new_empty(x.shape[0], weight.shape[0])
-        if y.numel():
-            tile = gemv_tile(x.shape[0], weight.shape[1])
-            gemv_launch(_rows(problem, x), weight, bias, y, tile).run(x.device)
+            tile = rows_linear_tile(m, problem.k, x.dtype, problem.device.capability)
+            rows_linear_launch(activation_rows(problem, x), weight, bias, y, tile).run(x.device)
         return y
 
 
@@ -108,12 +85,12 @@ def dequantize(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """W [N, K] in `dtype`, by the Triton kernel."""
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     if out.numel():
-        dequantize_launch(weight, out).run(weight.device)
+        rows_dequantize_launch(weight, out).run(weight.device)
     return out
 
 
-class TritonDequantize(Kernel):
-    name = "triton_dequantize"
+class TritonRowsDequantize(Kernel):
+    name = "triton_rows_dequantize"
     backend = "triton"
     operation = "dequantize"
 
@@ -129,13 +106,13 @@ class TritonDequantize(Kernel):
         return dequantize(weight, problem.dtype)
 
 
-class TritonDgrad(Kernel):
-    """dx = dy W: the weight is decoded once by `triton_dequantize`, then multiplied by torch.
+class TritonRowsDgrad(Kernel):
+    """dx = dy W: the weight is decoded once by `triton_rows_dequantize`, then multiplied by torch.
 
     Decoding again for every tile of dy, inside a fused loop, would multiply the work of decoding by the number of tiles.
     """
 
-    name = "triton_dgrad"
+    name = "triton_rows_dgrad"
     backend = "triton"
     operation = "dgrad"
 
@@ -151,5 +128,5 @@ class TritonDgrad(Kernel):
         return x @ dequantize(weight, x.dtype)
 
 
-for _kernel in (TritonGemv(), TritonLinear(), TritonDequantize(), TritonDgrad()):
+for _kernel in (TritonRowsLinear(), TritonRowsDequantize(), TritonRowsDgrad()):
     register_kernel(_kernel)

@@ -1,5 +1,5 @@
 """How the Triton kernels are launched: what they are told about a weight, and tiles. Tests, launches and the compile check
-(bench/compile_check.py) all build their arguments here, so that what is compiled is what runs.
+(bench/static.py) all build their arguments here, so that what is compiled is what runs.
 
 Triton is imported at the first use of a kernel, never by `import quantlib`.
 """
@@ -34,9 +34,7 @@ def interpreting() -> bool:
 def import_failure() -> str | None:
     """None where Triton and the kernels can be imported; otherwise the reason."""
     try:
-        import quantlib.triton_kernels.dequantize
-        import quantlib.triton_kernels.gemv
-        import quantlib.triton_kernels.linear  # noqa: F401
+        import quantlib.triton_kernels.rows  # noqa: F401
     except Exception as error:  # a broken Triton raises anything, from ImportError to RuntimeError
         return f"Triton can't be used: {type(error).__name__}: {error}"
     return None
@@ -52,7 +50,7 @@ class Launch:
     options: dict[str, Any]
 
     def run(self, device: torch.device) -> None:
-        """Run on `device`'s current stream."""
+        """Run on `device`'s current stream, by way of Triton's own argument binding."""
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             self.kernel[self.grid](**self.arguments, **self.options)
 
@@ -61,11 +59,54 @@ class Launch:
         return self.kernel.warmup(grid=self.grid, **self.arguments, **self.options)
 
 
+class BoundLaunch:
+    """A launch that is repeated with other activations: everything but the arguments named at each call stays as it was bound.
+
+    The first call compiles; later ones hand the arguments to the compiled kernel. Binding them anew would cost more host time
+    than a small kernel takes. What Triton specializes a kernel on (dtypes, pointers aligned to 16 bytes, integers that are 1 or
+    divisible by 16) must be alike in all calls of one object: `alike` makes the part of a key that says so.
+    """
+
+    def __init__(self, launch: Launch, device: torch.device) -> None:
+        self.kernel = launch.kernel
+        self.options = launch.options
+        self.device = device
+        self.names = {name: place for place, name in enumerate(launch.kernel.arg_names)}
+        self.values = [launch.arguments[name] for name in self.names]
+        self.compiled: Any = None
+
+    def __call__(self, grid: tuple[int, int, int], **changed: Any) -> None:
+        """Run on the device's current stream."""
+        values = self.values.copy()
+        for name, value in changed.items():
+            values[self.names[name]] = value
+        if self.compiled is not None and torch.cuda.current_device() == self.device.index:
+            self.compiled[grid](*values)
+            return
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            compiled = self.kernel[grid](**dict(zip(self.names, values, strict=True)), **self.options)
+        if self.device.type == "cuda":
+            self.compiled = compiled
+
+
+def alike(*arguments: Tensor | int | None) -> tuple[Any, ...]:
+    """What Triton specializes a kernel on, of some arguments."""
+    return tuple(
+        (argument.dtype, argument.data_ptr() % 16 == 0)
+        if isinstance(argument, Tensor)
+        else argument is None or (argument == 1, argument % 16 == 0)
+        for argument in arguments
+    )
+
+
 @dataclass(frozen=True)
 class Tile:
     """Sizes of the block of the problem that one program computes, and how Triton compiles it.
 
-    `registers` bounds the registers of a thread. Left alone, ptxas 13 spills single values to reach a higher occupancy.
+    m, n, k         rows of x, rows of W and columns of W; a kernel ignores what its layout or its warps fix
+    splits          shares of K, or of the reduction, that different programs sum
+    registers       bounds the registers of a thread. Left alone, ptxas 13 spills single values to reach a higher occupancy.
+    per_unit        programs that one SM runs at the same time, for persistent kernels
     """
 
     m: int
@@ -74,6 +115,8 @@ class Tile:
     warps: int
     stages: int
     registers: int | None = None
+    splits: int = 1
+    per_unit: int = 1
 
     @property
     def options(self) -> dict[str, Any]:
@@ -144,8 +187,8 @@ def weight_arguments(weight: QuantizedTensor) -> dict[str, Any]:
     }
 
 
-def linear_tile(m: int, k: int, dtype: torch.dtype, capability: int) -> Tile:
-    """The tile of `linear`: narrow in M where M is small, so that few lanes multiply padding; `capability` is 0 for a CPU.
+def rows_linear_tile(m: int, k: int, dtype: torch.dtype, capability: int) -> Tile:
+    """The tile of `rows_linear`: narrow in M where M is small, so that few lanes multiply padding; `capability` is 0 for a CPU.
 
     fp32 has no tensor-core instruction without TF32's rounding, so its tile is what fused multiply-adds can hold in registers;
     and it stays below 64 rows of W, from where on Triton 3.6 takes TF32 on sm_100 although IEEE precision is asked for.
@@ -159,14 +202,8 @@ def linear_tile(m: int, k: int, dtype: torch.dtype, capability: int) -> Tile:
     return Tile(128, 128, 64 if deep else 32, 8, 3)
 
 
-def gemv_tile(m: int, k: int) -> Tile:
-    """The tile of `gemv`: all rows of x up to four, four rows of W (N = 4096 then gives 1024 programs), a wide step in K."""
-    rows = 1 if m <= 1 else 2 if m == 2 else 4
-    return Tile(rows, 4, 512 if k % 512 == 0 else 256, 4, 2)
-
-
-def dequantize_tile(dtype: torch.dtype) -> Tile:
-    """The tile of `dequantize`."""
+def rows_dequantize_tile(dtype: torch.dtype) -> Tile:
+    """The tile of `rows_dequantize`."""
     return Tile(0, 16, 128, 4, 1)
 
 
@@ -174,14 +211,14 @@ def _columns_arguments(k: int, tile: Tile) -> dict[str, Any]:
     return {"K": k, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "EVEN_K": k % tile.k == 0}
 
 
-def dequantize_launch(weight: QuantizedTensor, out: Tensor) -> Launch:
+def rows_dequantize_launch(weight: QuantizedTensor, out: Tensor) -> Launch:
     """W -> out [N, K], contiguous."""
-    from quantlib.triton_kernels.dequantize import dequantize_kernel
+    from quantlib.triton_kernels.rows import rows_dequantize_kernel
 
     n, k = weight.shape
-    tile = dequantize_tile(out.dtype)
+    tile = rows_dequantize_tile(out.dtype)
     arguments = {"out": out, "N": n, **weight_arguments(weight), **_columns_arguments(k, tile)}
-    return Launch(dequantize_kernel, (-(-k // tile.k), -(-n // tile.n)), arguments, tile.options)
+    return Launch(rows_dequantize_kernel, (-(-k // tile.k), -(-n // tile.n)), arguments, tile.options)
 
 
 def _product_arguments(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, y: Tensor, tile: Tile) -> dict[str, Any]:
@@ -199,17 +236,9 @@ def _product_arguments(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, 
     }
 
 
-def linear_launch(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, y: Tensor, tile: Tile) -> Launch:
+def rows_linear_launch(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, y: Tensor, tile: Tile) -> Launch:
     """x [M, K] (unit column stride) times W^T plus bias [N] -> y [M, N], contiguous."""
-    from quantlib.triton_kernels.linear import linear_kernel
+    from quantlib.triton_kernels.rows import rows_linear_kernel
 
     grid = (-(-x.shape[0] // tile.m), -(-weight.shape[0] // tile.n))
-    return Launch(linear_kernel, grid, _product_arguments(x, weight, bias, y, tile), tile.options)
-
-
-def gemv_launch(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, y: Tensor, tile: Tile) -> Launch:
-    """As `linear_launch`, by the kernel without tensor cores."""
-    from quantlib.triton_kernels.gemv import gemv_kernel
-
-    grid = (-(-weight.shape[0] // tile.n), -(-x.shape[0] // tile.m))
-    return Launch(gemv_kernel, grid, _product_arguments(x, weight, bias, y, tile), tile.options)
+    return Launch(rows_linear_kernel, grid, _product_arguments(x, weight, bias, y, tile), tile.options)

@@ -55,6 +55,7 @@ class QuantLinear(nn.Linear):
         self.kernel = kernel
         self.layout = "rows"
         self._part_names: tuple[str, ...] = ()
+        self._qweight: QuantizedTensor | None = None
         specs = self.format.specs(out_features, in_features)
         self._set_parts(
             {name: torch.zeros(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs.items()}, "rows"
@@ -107,12 +108,18 @@ class QuantLinear(nn.Linear):
         self._part_names = tuple(parts)
         self._joined_names = ",".join(parts)
         self.layout = layout
+        self._qweight = None
 
     @property
     def qweight(self) -> QuantizedTensor:
-        """The packed weight, in the layout that it lies in; its parts are this module's buffers."""
-        parts = {name: cast(Tensor, self._buffers[name]) for name in self._part_names}
-        return QuantizedTensor(self.format, (self.out_features, self.in_features), parts, self.layout)
+        """The packed weight, in the layout that it lies in; its parts are this module's buffers. The same object as long as
+        they are."""
+        buffers, kept = self._buffers, self._qweight
+        if kept is not None and all(buffers.get(name) is part for name, part in kept.parts.items()):
+            return kept
+        parts = {name: cast(Tensor, buffers[name]) for name in self._part_names}
+        self._qweight = QuantizedTensor(self.format, (self.out_features, self.in_features), parts, self.layout)
+        return self._qweight
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -139,6 +146,7 @@ class QuantLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] of the input's dtype."""
         parts = [cast(Tensor, self._buffers[name]) for name in self._part_names]
+        weight = None if torch.compiler.is_compiling() else self.qweight
         return linear_from_parts(
             input,
             parts,
@@ -150,6 +158,7 @@ class QuantLinear(nn.Linear):
             self.layout,
             self.activations,
             self.kernel,
+            weight=weight,
         )
 
     def reset_parameters(self) -> None:

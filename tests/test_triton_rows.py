@@ -1,4 +1,5 @@
-"""The Triton kernels decode by the law, bit for bit, and multiply within the limits of their dtype, for every kind of format.
+"""The Triton kernels of the rows layout decode by the law, bit for bit, and multiply within the limits of their dtype, for
+every kind of format.
 
 Without a GPU they run in Triton's interpreter, which conftest.py asks for before Triton is imported.
 """
@@ -18,7 +19,6 @@ if not torch.cuda.is_available():
 
 from quantlib.devices import Device, device_facts
 from quantlib.dispatch import choices, problem_of, run, select
-from quantlib.errors import KernelError
 from quantlib.formats import Format, get_format
 from quantlib.formats.block import Block
 from quantlib.formats.codecs import Affine, Minifloat, Table
@@ -46,11 +46,10 @@ def assert_decodes(weight: QuantizedTensor, dtype: torch.dtype) -> None:
     """x = eye(K) gives the decoded weight itself; adding zero folds -0, which no sum keeps."""
     k = weight.shape[1]
     law = weight.dequantize(dtype)
-    assert_same_bits(run("dequantize", torch.empty(0, dtype=dtype, device=DEVICE), weight, kernel="triton_dequantize"), law)
-    assert_same_bits(run("linear", identity(k, dtype), weight, kernel="triton_linear").T.contiguous(), law + 0.0)
-    rows = torch.randperm(k, generator=torch.Generator().manual_seed(k))[:4]
-    some = run("linear", identity(k, dtype)[rows.to(DEVICE)], weight, kernel="triton_gemv")
-    assert_same_bits(some.T.contiguous(), law[:, rows.to(DEVICE)] + 0.0)
+    assert_same_bits(
+        run("dequantize", torch.empty(0, dtype=dtype, device=DEVICE), weight, kernel="triton_rows_dequantize"), law
+    )
+    assert_same_bits(run("linear", identity(k, dtype), weight, kernel="triton_rows_linear").T.contiguous(), law + 0.0)
 
 
 def expected_product(x: Tensor, weight: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
@@ -113,47 +112,42 @@ def test_extreme_codes_decode_by_the_law(spec: str, scale: int | None) -> None:
     """NaN, infinity, subnormals and the smallest exponents, which no encoder writes but a checkpoint may hold."""
     weight = every_code(spec, scale)
     law = weight.dequantize(torch.float32)
-    found = run("dequantize", torch.empty(0, device=DEVICE), weight, kernel="triton_dequantize")
+    found = run("dequantize", torch.empty(0, device=DEVICE), weight, kernel="triton_rows_dequantize")
     assert torch.equal(found.isnan(), law.isnan())
     assert_same_bits(found.nan_to_num(nan=0.0), law.nan_to_num(nan=0.0))
 
 
-PRODUCTS = (
-    *(("triton_gemv", m, torch.bfloat16) for m in (1, 2, 3, 4)),
-    *(("triton_linear", m, torch.bfloat16) for m in (1, 5, 17, 33, 65)),
-    *((kernel, m, dtype) for kernel, m in (("triton_gemv", 3), ("triton_linear", 33)) for dtype in DTYPES),
-)
+PRODUCTS = (*((m, torch.bfloat16) for m in (1, 5, 17, 33, 65)), *((33, dtype) for dtype in DTYPES))
 
 
-@pytest.mark.parametrize(("kernel", "m", "dtype"), dict.fromkeys(PRODUCTS), ids=str)
+@pytest.mark.parametrize(("m", "dtype"), dict.fromkeys(PRODUCTS), ids=str)
 @pytest.mark.parametrize("spec", ["int4-g32-asym", "nf4-dq", "q4_k"])
-def test_products_stay_within_the_limit(spec: str, kernel: str, m: int, dtype: torch.dtype) -> None:
-    n, k = (33, 600) if kernel == "triton_gemv" else (70, 200)
+def test_products_stay_within_the_limit(spec: str, m: int, dtype: torch.dtype) -> None:
+    n, k = 70, 200
     weight = quantized(get_format(spec), n, k)
     generator = torch.Generator().manual_seed(m)
     x = torch.randn(m, k, generator=generator).to(DEVICE, dtype)
     bias = torch.randn(n, generator=generator).to(DEVICE, dtype)
-    assert_close(run("linear", x, weight, bias, kernel=kernel), expected_product(x, weight, bias))
+    assert_close(run("linear", x, weight, bias, kernel="triton_rows_linear"), expected_product(x, weight, bias))
 
 
 @pytest.mark.parametrize("spec", FORMATS)
 def test_products_of_every_format(spec: str) -> None:
     weight = quantized(get_format(spec), 33, 130)
-    for kernel, m in (("triton_gemv", 2), ("triton_linear", 7)):
-        x = torch.randn(m, 130, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.float16)
-        assert_close(run("linear", x, weight, kernel=kernel), expected_product(x, weight))
+    x = torch.randn(7, 130, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.float16)
+    assert_close(run("linear", x, weight, kernel="triton_rows_linear"), expected_product(x, weight))
 
 
-@pytest.mark.parametrize("kernel", ["triton_gemv", "triton_linear"])
-def test_strides_of_x_do_not_matter(kernel: str) -> None:
+def test_strides_of_x_do_not_matter() -> None:
+    kernel = "triton_rows_linear"
     weight = quantized(get_format("int4-g32-asym"), 18, 72)
     wide = torch.randn(6, 144, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     for x in (wide[:3, ::2], wide[::2, :72], wide[:3, 72:], wide[:, :3].T.repeat(1, 12), wide[:1, :72].expand(3, 72)):
         assert_same_bits(run("linear", x, weight, kernel=kernel), run("linear", x.clone().contiguous(), weight, kernel=kernel))
 
 
-@pytest.mark.parametrize("kernel", ["triton_gemv", "triton_linear"])
-def test_an_empty_batch_gives_an_empty_result(kernel: str) -> None:
+def test_an_empty_batch_gives_an_empty_result() -> None:
+    kernel = "triton_rows_linear"
     weight = quantized(get_format("nf4"), 12, 64)
     y = run("linear", torch.empty(0, 64, dtype=torch.bfloat16, device=DEVICE), weight, kernel=kernel)
     assert y.shape == (0, 12)
@@ -166,31 +160,28 @@ def test_numbers_outside_of_k_do_not_leak_in() -> None:
     storage = torch.full((5, 64), float("nan"), device=DEVICE)
     storage[:, :40] = torch.randn(5, 40, generator=torch.Generator().manual_seed(3))
     x = storage[:, :40]
-    assert_close(run("linear", x, weight, kernel="triton_linear"), expected_product(x, weight))
-    assert_close(run("linear", x[:4], weight, kernel="triton_gemv"), expected_product(x[:4], weight))
+    assert_close(run("linear", x, weight, kernel="triton_rows_linear"), expected_product(x, weight))
 
 
 def test_dgrad_is_the_product_with_the_decoded_weight() -> None:
     weight = quantized(get_format("nvfp4"), 24, 80)
     dy = torch.randn(5, 24, generator=torch.Generator().manual_seed(4)).to(DEVICE)
-    assert_close(run("dgrad", dy, weight, kernel="triton_dgrad"), dy.double() @ weight.dequantize().double())
+    assert_close(run("dgrad", dy, weight, kernel="triton_rows_dgrad"), dy.double() @ weight.dequantize().double())
 
 
 def test_activations_are_rounded_before_the_product() -> None:
     weight = quantized(get_format("nvfp4"), 24, 80)
     x = torch.randn(5, 80, generator=torch.Generator().manual_seed(5)).to(DEVICE)
     expected = run("linear", x, weight, activations="mxfp8", kernel="reference_linear")
-    assert_close(run("linear", x, weight, activations="mxfp8", kernel="triton_linear"), expected.double())
+    assert_close(run("linear", x, weight, activations="mxfp8", kernel="triton_rows_linear"), expected.double())
 
 
 def test_batch_invariant_rows_do_not_depend_on_the_batch() -> None:
     weight = quantized(get_format("nf4"), 20, 96)
     x = torch.randn(70, 96, generator=torch.Generator().manual_seed(6)).to(DEVICE, torch.bfloat16)
-    whole = run("linear", x, weight, kernel="triton_linear", batch_invariant=True)
+    whole = run("linear", x, weight, kernel="triton_rows_linear", batch_invariant=True)
     for rows in (slice(0, 1), slice(3, 20)):
-        assert_same_bits(run("linear", x[rows], weight, kernel="triton_linear", batch_invariant=True), whole[rows])
-    with pytest.raises(KernelError, match="batch_invariant"):
-        run("linear", x[:1], weight, kernel="triton_gemv", batch_invariant=True)
+        assert_same_bits(run("linear", x[rows], weight, kernel="triton_rows_linear", batch_invariant=True), whole[rows])
 
 
 def triton_problems(device: Device) -> Iterator[Problem]:
@@ -210,13 +201,13 @@ def test_refusals_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     old = Device("cuda", "an old GPU", "sm_75", 40, 300.0, 60.0)
     for device, words in ((device_facts("cpu"), "needs a CUDA device"), (old, "8.0 or newer")):
         for problem in triton_problems(device):
-            refusals = [choice.refusal for choice in choices(problem) if choice.backend == "triton"]
+            refusals = [choice.refusal for choice in choices(problem) if choice.kernel.startswith("triton_rows")]
             assert refusals
             assert all(refusal is not None and words in refusal for refusal in refusals)
     doubled = [replace(problem, dtype=torch.float64, device=replace(old, arch="sm_90")) for problem in triton_problems(old)]
     for problem in doubled:
         for kernel in list_kernels(problem.operation):
-            if kernel.backend == "triton":
+            if kernel.name.startswith("triton_rows"):
                 assert "not in float64" in str(kernel.supports(problem))
 
 
@@ -227,8 +218,7 @@ def test_products_at_real_size_on_a_gpu(spec: str) -> None:
     for m in (1, 4, 16, 32, 64, 512):
         for dtype in DTYPES:
             x = torch.randn(m, 1536, generator=torch.Generator().manual_seed(m)).to(DEVICE, dtype)
-            for kernel in ("triton_gemv", "triton_linear") if m <= 4 else ("triton_linear",):
-                assert_close(run("linear", x, weight, kernel=kernel), expected_product(x, weight))
+            assert_close(run("linear", x, weight, kernel="triton_rows_linear"), expected_product(x, weight))
 
 
 @pytest.mark.gpu
