@@ -13,7 +13,7 @@ help:
 	@echo "make test           lint, types and every test that can run here (sets itself up)"
 	@echo "make test-fast      the same without tests marked slow"
 	@echo "make compile-check  compile every Triton kernel for every architecture, compare with the committed table"
-	@echo "make gpu            tests marked gpu, with the interpreter given by PYTHON, from the source tree"
+	@echo "make gpu            GPU tests, sanitizer and bench in ten minutes: the interpreter is PYTHON's, nothing is installed"
 	@echo "make build          rebuild the C++ extension in place"
 
 # Threads that wait must not spin: test processes share few cores.
@@ -51,10 +51,10 @@ test-fast: lint typecheck
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow"
 
 compile-check: $(STAMP)
-	$(PY) -m bench.compile_check
+	$(PY) -m bench.static
 
 gpu:
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m bench.gpu
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo-output

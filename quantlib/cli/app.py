@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from quantlib.cli.bench import bench
 from quantlib.cli.console import Commands, out
 from quantlib.cli.demo import demo
 from quantlib.cli.doctor import doctor
@@ -25,6 +26,7 @@ app.command()(demo)
 app.command()(quantize)
 app.command(name="eval")(evaluate)
 app.command()(inspect)
+app.command()(bench)
 app.command()(doctor)
 
 
