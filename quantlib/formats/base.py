@@ -105,7 +105,7 @@ class Format:
             absmax = torch.zeros((), device=weight.device)
         else:
             low, high = torch.aminmax(weight)
-            absmax = torch.maximum(-low, high).to(torch.float32)
+            absmax = torch.maximum(-low, high).abs().to(torch.float32)
         return self.scale.fit_shared(absmax, self.codec.divisor)
 
     def fit(
@@ -211,7 +211,7 @@ class Format:
         grids = []
         for _, _, slab in self.slabs(weight):
             low, high = torch.aminmax(self.block.split(self._pad(slab)), dim=-1)
-            grids.append(torch.maximum(-low, high).to(torch.float32))
+            grids.append(torch.maximum(-low, high).abs().to(torch.float32))
         return torch.cat(grids) if grids else torch.zeros(self.grid(*weight.shape), device=weight.device)
 
     def decode_slabs(self, parts: Parts, n: int, k: int) -> Iterator[tuple[int, int, Tensor]]:

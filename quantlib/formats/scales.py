@@ -23,6 +23,11 @@ from quantlib.formats.packing import pack, packed_width, unpack
 Parts: TypeAlias = dict[str, Tensor]
 
 
+def divided(x: Tensor, divisor: float) -> Tensor:
+    """x / divisor, rounded once on every device. (Given a plain number, torch multiplies by its reciprocal on a GPU.)"""
+    return x / torch.full((), divisor, dtype=x.dtype, device=x.device)
+
+
 @dataclass(frozen=True)
 class PartSpec:
     """Shape and dtype of one stored part, and whether its first dimension follows the rows of the weight."""
@@ -95,7 +100,7 @@ class FloatScale:
     def from_absmax(self, absmax: Tensor, divisor: float, shared: Parts) -> Tensor:
         """Rounded toward zero: on a symmetric integer grid absmax lies half a step outside, an exact tie that rounds outward.
         Rounding the scale up breaks the tie inward, by a coin's toss per block (demo model, int4-g64: 22.35 against 21.81)."""
-        exact = absmax / divisor
+        exact = divided(absmax, divisor)
         stored = exact.to(self.dtype)
         # A positive float's bits count upward with its value, so one less is the next float below; the smallest stays.
         bits = stored.view(torch.int32 if self.dtype == torch.float32 else torch.int16)
@@ -146,7 +151,7 @@ class E4M3GlobalScale:
         }
 
     def fit_shared(self, absmax: Tensor, divisor: float) -> Parts:
-        scale = absmax.to(torch.float32) / (divisor * self.top)
+        scale = divided(absmax.to(torch.float32), divisor * self.top)
         return {"global_scale": torch.where(scale > 0, scale, torch.ones_like(scale))}
 
     def _codes(self, ratio: Tensor) -> Tensor:
@@ -205,8 +210,9 @@ class E8M0Scale:
         if self.rule == "floor":
             exponent = torch.frexp(absmax)[1] - 1 - (math.frexp(divisor)[1] - 1)
         else:
-            mantissa, exponent = torch.frexp(absmax / divisor)
+            mantissa, exponent = torch.frexp(divided(absmax, divisor))
             exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
+            exponent = torch.where(mantissa > 0, exponent, torch.full_like(exponent, -127))
         exponent = torch.where(absmax > 0, exponent, torch.full_like(exponent, -127))
         return self._value((exponent + 127).clamp(0, 254).to(torch.uint8))
 
@@ -270,7 +276,7 @@ class DoubleQuantScale:
         return {}
 
     def from_absmax(self, absmax: Tensor, divisor: float, shared: Parts) -> Tensor:
-        return absmax / divisor
+        return divided(absmax, divisor)
 
     def candidates(self, scale: Tensor, factors: tuple[float, ...], shared: Parts) -> list[Tensor]:
         return [scale * factor for factor in factors]
@@ -341,7 +347,7 @@ class SuperScale:
         return {}
 
     def from_absmax(self, absmax: Tensor, divisor: float, shared: Parts) -> Tensor:
-        return absmax / divisor
+        return divided(absmax, divisor)
 
     def candidates(self, scale: Tensor, factors: tuple[float, ...], shared: Parts) -> list[Tensor]:
         return [scale * factor for factor in factors]
@@ -365,7 +371,7 @@ class SuperScale:
         The entry that defines the unit has the integer `top`, so that the unit can be found again from the products.
         """
         supers = grid.reshape(-1, self.count)
-        unit = (supers.abs().amax(dim=-1, keepdim=True) / self.top).to(torch.float16).to(torch.float32)
+        unit = divided(supers.abs().amax(dim=-1, keepdim=True), self.top).to(torch.float16).to(torch.float32)
         ratio = torch.where(unit == 0, 0.0, supers / unit).round().clamp(self.lowest, self.top)
         return unit.expand_as(supers).reshape(grid.shape), ratio.reshape(grid.shape)
 

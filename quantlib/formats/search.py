@@ -46,7 +46,7 @@ def initial(fmt: Format, blocks: Tensor, shared: Parts) -> Effective:
     if fmt.rule == "fullrange":
         extreme = torch.where(-low >= high, low, high)
         return Effective(fmt.scale.round(-extreme / _lowest(fmt), shared))
-    return Effective(fmt.scale.from_absmax(torch.maximum(-low, high), fmt.codec.divisor, shared))
+    return Effective(fmt.scale.from_absmax(torch.maximum(-low, high).abs(), fmt.codec.divisor, shared))
 
 
 def _lowest(fmt: Format) -> float:
