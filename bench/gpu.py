@@ -149,8 +149,11 @@ def plan(python: str, rows: Path, reports: Path, sanitizer: str | None) -> list[
 
     def sanitize(tool: str) -> Callable[[float], list[str]]:
         budget = ["-m", "bench.sanitize", "--seconds"]
+        # Without torch's caching allocator every tensor has bounds of its own, which memcheck can see crossed.
+        uncached = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
         return lambda seconds: [
-            sanitizer or SANITIZER, "--tool", tool, "--error-exitcode", "9", python, *budget, f"{max(seconds - 15, 5):.0f}"
+            *uncached, sanitizer or SANITIZER, "--tool", tool, "--error-exitcode", "9",
+            python, *budget, f"{max(seconds - 15, 5):.0f}"
         ]  # fmt: skip
 
     missing = None if sanitizer else f"{SANITIZER} is not on the PATH"

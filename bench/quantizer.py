@@ -44,8 +44,10 @@ class Quantizer:
     def prepare(self, material: Material) -> Prepared:
         from quantlib.kernels.activations import quantize_activations
 
-        fmt, capability = material.format, 0 if interpreting() else device_facts(material.device).capability
-        return Prepared(None, lambda state, x: quantize_activations(x, fmt, capability), nbytes=0)
+        def quantize(state: Any, x: Tensor) -> Any:
+            return quantize_activations(x, material.format, 0 if interpreting() else device_facts(x.device).capability)
+
+        return Prepared(None, quantize, nbytes=0)
 
 
 def parts_of(result: Any) -> dict[str, Tensor]:

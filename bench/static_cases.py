@@ -31,7 +31,7 @@ FORMATS = (
 
 GROUPED_FORMATS = ("int4-g128", "nf4", "nf4-dq", "nvfp4", "mxfp8", "fp8-e4m3-block128", "q4_k")
 """For several experts, whose kernels decode as those of one do."""
-SIBLING_FORMATS = ("int4-g128", "nf4-dq", "nvfp4", "mxfp8", "q4_k")
+SIBLING_FORMATS = ("int4-g128", "nf4-dq", "nvfp4")
 DETAILED_FORMATS = ("int4-g128", "nf4-dq", "q4_k")
 """Formats compiled for every tile and dtype: the plainest, the one with most shared memory, the one with most decoding."""
 

@@ -229,16 +229,15 @@ FAMILIES: dict[str, Family] = _by_name(
         "rows_linear",
         _rows_linear,
         (
-            Sweep(FORMATS, (16, 512), everywhere=True),
-            Sweep(DETAILED_FORMATS, (32, 64), machine_code=False),
-            Sweep(DETAILED_FORMATS, (16,), ("float32",), machine_code=False),
-            *_details((512,), "float16", "float32"),
+            Sweep(FORMATS, (16,)),
+            Sweep(DETAILED_FORMATS, (64, 512), everywhere=True, machine_code=False),
+            *_details((512,), "float32"),
         ),
     ),
     Family(
         "rows_dequantize",
         _rows_dequantize,
-        (Sweep(FORMATS, (0,), everywhere=True), *_details((0,), "float32", machine_code=True)),
+        (Sweep(FORMATS, (0,)), *_details((0,), "float32", machine_code=True)),
         instruction=nothing,
         x=(),
         work=dequantize_work,
@@ -256,7 +255,7 @@ FAMILIES: dict[str, Family] = _by_name(
     Family(
         "skinny",
         _skinny,
-        (Sweep(FORMATS, (16,), everywhere=True), Sweep(DETAILED_FORMATS, (64,)), *_details((16,), "float16", "float32")),
+        (Sweep(FORMATS, (16,), everywhere=True), Sweep(DETAILED_FORMATS, (32, 64)), *_details((16,), "float32")),
         max_decode=DECODE_LIMITS,
         min_load=16,
         exact="free",
@@ -264,7 +263,7 @@ FAMILIES: dict[str, Family] = _by_name(
     Family(
         "gemm",
         _gemm,
-        (Sweep(FORMATS, (512,), everywhere=True), *_details((512,), "float16", "float32")),
+        (Sweep(FORMATS, (512,), everywhere=True), *_details((512,), "float32")),
         max_decode=DECODE_LIMITS,
         min_load=16,
         exact="free",
@@ -272,7 +271,7 @@ FAMILIES: dict[str, Family] = _by_name(
     Family(
         "dgrad",
         _dgrad,
-        (Sweep(FORMATS, (512,), everywhere=True), Sweep(DETAILED_FORMATS, (16,)), *_details((512,), "float16", "float32")),
+        (Sweep(FORMATS, (512,), everywhere=True), Sweep(DETAILED_FORMATS, (16, 32)), *_details((512,), "float32")),
         instruction=by_rows,
         x=("dy",),
         min_load=16,
@@ -281,7 +280,7 @@ FAMILIES: dict[str, Family] = _by_name(
     Family(
         "dequantize",
         _dequantize,
-        (Sweep(FORMATS, (0,), everywhere=True), *_details((0,), "float32", machine_code=True)),
+        (Sweep(FORMATS, (0,), everywhere=True),),
         instruction=nothing,
         x=(),
         work=dequantize_work,
@@ -292,19 +291,19 @@ FAMILIES: dict[str, Family] = _by_name(
         "grouped",
         _grouped,
         (
-            Sweep(GROUPED_FORMATS, (64, 2048), everywhere=True),
+            Sweep(GROUPED_FORMATS, (64,), machine_code=False),
+            Sweep(DETAILED_FORMATS, (2048,), everywhere=True, machine_code=False),
             Sweep(DETAILED_FORMATS, (64,), ("float32",), machine_code=False),
         ),
         work=_experts_work,
-        max_decode=DECODE_LIMITS,
-        min_load=16,
         exact="free",
     ),
     Family(
         "grouped_dgrad",
         _grouped_dgrad,
         (
-            Sweep(GROUPED_FORMATS, (64, 2048), everywhere=True, machine_code=False),
+            Sweep(GROUPED_FORMATS, (64,), machine_code=False),
+            Sweep(DETAILED_FORMATS, (2048,), everywhere=True, machine_code=False),
             Sweep(DETAILED_FORMATS, (64,), ("float32",), machine_code=False),
         ),
         instruction=_by_expert_rows,
@@ -317,9 +316,9 @@ FAMILIES: dict[str, Family] = _by_name(
             name,
             _quantize(swizzled),
             (
-                Sweep(formats, (1, 512), everywhere=True, machine_code=False),
-                Sweep(formats, (512,), ("float32",), machine_code=False),
-                Sweep(formats, (512,), k=20000, machine_code=False),
+                Sweep(formats, (512,), everywhere=True, machine_code=False),
+                Sweep(formats[:2], (512,), ("float32",), machine_code=False),
+                Sweep(formats[:2], (512,), k=20000, machine_code=False),
             ),
             instruction=_quantizing,
             codes=(),
@@ -338,9 +337,9 @@ FAMILIES: dict[str, Family] = _by_name(
             sweep
             for activations, fmt in PAIRS
             for sweep in (
-                Sweep((fmt,), (16, 64, 512), activations=activations, everywhere=True, machine_code=False),
-                Sweep((fmt,), (512,), ("float16", "float32"), activations=activations, machine_code=False),
-                Sweep((fmt,), (512,), k=4064, activations=activations, machine_code=False),
+                Sweep((fmt,), (512,), activations=activations, everywhere=True, machine_code=False),
+                Sweep((fmt,), (16, 64), activations=activations, machine_code=False),
+                Sweep((fmt,), (512,), ("float32",), activations=activations, machine_code=False),
             )
         ),
         instruction=_scaled_instruction,

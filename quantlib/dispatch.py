@@ -148,11 +148,14 @@ def best_layout(
     dtype: torch.dtype,
     kernel: str | None = None,
     ms: Iterable[int] = PREPARE_FOR,
+    activations: str | None = None,
 ) -> str:
     """The layout with the least total predicted cost of `linear` over `ms`; a forced kernel's own layout."""
     if kernel is not None:
         layout = base.get_kernel(kernel).layout
         return "rows" if layout == "any" else layout
+    if 0 in shape:
+        return "rows"
     names = {"rows"} | {entry.layout for entry in base.list_kernels("linear") if entry.layout != "any"}
     usable = sorted(name for name in names if get_layout(name).supports(fmt) is None)
 
@@ -160,7 +163,7 @@ def best_layout(
         cost = 0.0
         for m in ms:
             facts = device_facts(device)
-            best = choices(Problem("linear", m, *shape, dtype, fmt, layout, None, facts))[0]
+            best = choices(Problem("linear", m, *shape, dtype, fmt, layout, activations, facts))[0]
             cost += float("inf") if best.cost is None else best.cost
         return cost
 

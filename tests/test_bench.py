@@ -706,8 +706,9 @@ def test_the_steps_speak_the_commands_languages() -> None:
     commands = {step.name: step.command(100.0) for step in steps()}
     options = run._parser().parse_args(commands["bench"][3:])
     assert (options.plan, options.time_budget) == ("quick", 85.0)
-    assert commands["memcheck"][:5] == ["/bin/compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
-    assert commands["memcheck"][5:] == ["python3", "-m", "bench.sanitize", "--seconds", "85"]
+    assert commands["memcheck"][:2] == ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
+    assert commands["memcheck"][2:7] == ["/bin/compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+    assert commands["memcheck"][7:] == ["python3", "-m", "bench.sanitize", "--seconds", "85"]
     assert "rows.jsonl" in commands["report"]
 
 

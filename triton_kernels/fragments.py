@@ -162,8 +162,10 @@ def tile_scale(
         return grid_scale(scales, strip, tile, r, last_row, across, spec, H)
     else:
         COUNT: tl.constexpr = max(spec.block_cols, spec.tile_columns) // spec.block_cols
+        # Triton 3.6 passes no plain string to another function.
+        DTYPE: tl.constexpr = spec.scale_dtype
         if spec.scale == "float":
-            return float_entry(scale, H, E, spec.scale_bits, COUNT, spec.scale_dtype, T)
+            return float_entry(scale, H, E, spec.scale_bits, COUNT, DTYPE, T)
         elif spec.scale == "super":
             return super_entry(scale, unit, H, E, COUNT, spec.scale_offset, T)
         elif spec.scale == "double":
@@ -211,8 +213,9 @@ def _step(
         if spec.scale == "super":
             zero0, zero1 = super_entry(zero, unit1, 0, E, COUNT, 0, T), super_entry(zero, unit1, 1, E, COUNT, 0, T)
         else:
-            zero0 = float_entry(zero, 0, E, spec.scale_bits, COUNT, spec.scale_dtype, T)
-            zero1 = float_entry(zero, 1, E, spec.scale_bits, COUNT, spec.scale_dtype, T)
+            DTYPE: tl.constexpr = spec.scale_dtype
+            zero0 = float_entry(zero, 0, E, spec.scale_bits, COUNT, DTYPE, T)
+            zero1 = float_entry(zero, 1, E, spec.scale_bits, COUNT, DTYPE, T)
 
     v0, v1 = decode_pair(word0, above, word1, word2, scale0, zero0, table, lane_entry, hidden, dtype, spec, 0, S)
     v2, v3 = decode_pair(word0, above, word1, word2, scale1, zero1, table, lane_entry, hidden, dtype, spec, 1, S)

@@ -44,11 +44,8 @@ def find_rows(offsets, slot, total, experts, BLOCK_M: tl.constexpr, EXPERTS: tl.
 
 @triton.jit
 def of_expert(part, expert, stride):
-    """A part of the weights, from the expert's own on; None stays None."""
-    if part is None:
-        return part
-    else:
-        return part + expert.to(tl.int64) * stride
+    """A part of the weights, from the expert's own on."""
+    return part + expert.to(tl.int64) * stride
 
 
 @triton.jit(do_not_specialize=["total", "slots", "M"])
@@ -89,12 +86,17 @@ def grouped_kernel(
     if rows is not None:
         source = tl.load(rows + source)
     codes = of_expert(codes, expert, codes_expert)
-    codes1 = of_expert(codes1, expert, codes1_expert)
-    codes2 = of_expert(codes2, expert, codes2_expert)
+    if codes1 is not None:
+        codes1 = of_expert(codes1, expert, codes1_expert)
+    if codes2 is not None:
+        codes2 = of_expert(codes2, expert, codes2_expert)
     scales = of_expert(scales, expert, scales_expert)
-    zeros = of_expert(zeros, expert, zeros_expert)
-    outer = of_expert(outer, expert, outer_expert)
-    inner = of_expert(inner, expert, inner_expert)
+    if zeros is not None:
+        zeros = of_expert(zeros, expert, zeros_expert)
+    if outer is not None:
+        outer = of_expert(outer, expert, outer_expert)
+    if inner is not None:
+        inner = of_expert(inner, expert, inner_expert)
 
     strip = (block_n * WARPS + tl.arange(0, T) // 32).to(tl.int64)
     strip = tl.minimum(strip, (N - 1) // 16)
@@ -166,12 +168,17 @@ def grouped_dgrad_kernel(
         tl.store(at, tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32).to(dx.dtype.element_ty), mask=mask)
         return
     codes = of_expert(codes, expert, codes_expert)
-    codes1 = of_expert(codes1, expert, codes1_expert)
-    codes2 = of_expert(codes2, expert, codes2_expert)
+    if codes1 is not None:
+        codes1 = of_expert(codes1, expert, codes1_expert)
+    if codes2 is not None:
+        codes2 = of_expert(codes2, expert, codes2_expert)
     scales = of_expert(scales, expert, scales_expert)
-    zeros = of_expert(zeros, expert, zeros_expert)
-    outer = of_expert(outer, expert, outer_expert)
-    inner = of_expert(inner, expert, inner_expert)
+    if zeros is not None:
+        zeros = of_expert(zeros, expert, zeros_expert)
+    if outer is not None:
+        outer = of_expert(outer, expert, outer_expert)
+    if inner is not None:
+        inner = of_expert(inner, expert, inner_expert)
 
     warp = tl.arange(0, T) // 32
     tile = tl.minimum((block_k * ACROSS + warp % ACROSS).to(tl.int64), tiles - 1)

@@ -18,8 +18,11 @@ WARPS_WANTED = 12
 """Warps per SM that keep memory busy, at two tiles of 512 bytes each."""
 
 
+NARROW_REGISTERS = {16: 128, 32: 168}
+"""Bounds for tiles of few rows. They need fewer; without a bound ptxas spills a value or two to fit one more program on an
+SM."""
 PEAK_SHARE = {8: 0.15, 16: 0.25, 32: 0.4, 64: 0.6, 128: 0.7, 256: 0.75}
-"""Rows of x in a tile -> the share of the matrix peak that its instructions reach: narrow ones leave units waiting for W."""
+"""Rows of x in a tile -> the share of the matrix peak that its instructions reach; narrow ones leave units waiting for W."""
 
 
 @lru_cache(maxsize=1024)
@@ -67,7 +70,8 @@ def skinny_tiles(m: int, n: int, tiles: int, dtype: torch.dtype, device: Device)
     for rows in dict.fromkeys((block_m, max(16, block_m // 2))):
         stages = 4 if rows <= 32 else 3
         splits = _splits(-(-n // 64) * -(-m // rows), tiles, device.units * 3)
-        found += [Tile(rows, 64, 0, 4, stages, splits=count) for count in dict.fromkeys((splits, max(1, splits // 2), 1))]
+        registers = NARROW_REGISTERS.get(rows)
+        found += [Tile(rows, 64, 0, 4, stages, registers, count) for count in dict.fromkeys((splits, max(1, splits // 2), 1))]
     return found
 
 
@@ -77,10 +81,10 @@ def gemm_tiles(m: int, dtype: torch.dtype, device: Device) -> list[Tile]:
     hold it all; half of either where that leaves SMs idle."""
     if dtype == torch.float32:
         return [Tile(16, 32, 0, 2, 2, registers=255, per_unit=4)]
-    small = Tile(64, 64, 0, 4, 3, per_unit=2)
+    small = Tile(64, 64, 0, 4, 3, registers=255, per_unit=2)
     if m <= 64:
         return [small]
-    return [Tile(128, 128, 0, 8, 3 if _roomy(device) else 2), small]
+    return [Tile(128, 128, 0, 8, 3 if _roomy(device) else 2, registers=255), small]
 
 
 def _by_warp(device: Device) -> bool:
@@ -93,9 +97,10 @@ def _by_warp(device: Device) -> bool:
 def dgrad_tiles(m: int, width: int, dtype: torch.dtype, device: Device) -> list[Tile]:
     """Tiles of dgrad: 64 rows of W at once, 128 of its columns, as many rows of dY as registers allow."""
     if dtype == torch.float32:
-        return [Tile(16, 16, 0, 1, 2, registers=255)]
+        return [Tile(16, 16, 0, 1, 1, registers=255)]
     rows = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
+    registers = NARROW_REGISTERS.get(rows)
     if width == 128:
-        return [Tile(64, 64, 0, 8, 3) if rows >= 64 and _by_warp(device) else Tile(rows, 64, 0, 4, 3)]
-    found = [Tile(rows, 64, 0, 8, 3)]
+        return [Tile(64, 64, 0, 8, 3) if rows >= 64 and _by_warp(device) else Tile(rows, 64, 0, 4, 3, registers)]
+    found = [Tile(rows, 64, 0, 8, 3, registers)]
     return found if rows <= 64 else [*found, Tile(64, 64, 0, 8, 3)]

@@ -9,7 +9,7 @@ from torch.nn import functional
 from quantlib.formats import get_format
 from quantlib.formats.base import Format
 from quantlib.kernels.base import Kernel, Problem, register_kernel
-from quantlib.kernels.costs import decode_then_matmul
+from quantlib.kernels.costs import decode_then_matmul, round_trip_cost
 from quantlib.tensor import QuantizedTensor
 
 
@@ -30,7 +30,7 @@ class ReferenceLinear(Kernel):
         return None
 
     def cost(self, problem: Problem) -> float:
-        return decode_then_matmul(problem, efficiency=0.05)
+        return decode_then_matmul(problem, efficiency=0.05) + round_trip_cost(problem)
 
     def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
         if problem.activations is not None:

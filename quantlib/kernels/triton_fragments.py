@@ -172,7 +172,7 @@ class TritonSkinny(FragmentKernel):
         blocks_m = -(-problem.m // tile.m)
         programs = -(-problem.n // (16 * tile.warps)) * blocks_m * tile.splits
         width = fragments.tile_columns(problem.format)
-        in_flight = (tile.stages - 1) * tile.warps * 16 * width * problem.format.codec.bits // 8
+        in_flight = max(1, tile.stages - 1) * tile.warps * 16 * width * problem.format.codec.bits // 8
         return Schedule(programs, max(1, 16 // tile.warps), in_flight, blocks_m, self.instructions(problem))
 
     def run_tile(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None, tile: Tile) -> Tensor:
@@ -207,7 +207,7 @@ class TritonGemm(FragmentKernel):
         blocks_m = -(-problem.m // tile.m)
         programs = -(-problem.n // (16 * tile.warps)) * blocks_m
         width = fragments.tile_columns(problem.format)
-        in_flight = (tile.stages - 1) * tile.warps * 16 * width * problem.format.codec.bits // 8
+        in_flight = max(1, tile.stages - 1) * tile.warps * 16 * width * problem.format.codec.bits // 8
         return Schedule(programs, tile.per_unit, in_flight, blocks_m, self.instructions(problem))
 
     def run_tile(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None, tile: Tile) -> Tensor:
@@ -237,7 +237,7 @@ class TritonDgrad(FragmentKernel):
         blocks_m = -(-problem.m // tile.m)
         width = fragments.tile_columns(problem.format)
         programs = -(-problem.k // (width * tile.warps * 16 // tile.n)) * blocks_m
-        in_flight = (tile.stages - 1) * tile.warps * 16 * width * problem.format.codec.bits // 8
+        in_flight = max(1, tile.stages - 1) * tile.warps * 16 * width * problem.format.codec.bits // 8
         return Schedule(programs, 1, in_flight, blocks_m, self.instructions(problem))
 
     def run_tile(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None, tile: Tile) -> Tensor:

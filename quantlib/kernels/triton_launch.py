@@ -63,9 +63,9 @@ class BoundLaunch:
     """A launch that is repeated with other activations: everything but the arguments named at each call stays as it was bound.
 
     The first call compiles; later ones hand the arguments to the compiled kernel. Binding them anew would cost more host time
-    than a small kernel takes. What Triton specializes a kernel on (dtypes, pointers aligned to 16 bytes, integers that are 1 or
-    divisible by 16) must be alike in all calls of one object: `alike` makes the part of a key that says so.
-    """
+    than a small kernel takes. What Triton specializes a kernel on (dtypes, pointers aligned to 16 bytes, integers that are 1,
+    divisible by 16 or wider than 32 bits) must be alike in all calls of one object: `alike` makes the part of a key that says
+    so."""
 
     def __init__(self, launch: Launch, device: torch.device) -> None:
         self.kernel = launch.kernel
@@ -80,6 +80,8 @@ class BoundLaunch:
         values = self.values.copy()
         for name, value in changed.items():
             values[self.names[name]] = value
+            # The launch's own x and y must not live as long as the weight.
+            self.values[self.names[name]] = None
         if self.compiled is not None and torch.cuda.current_device() == self.device.index:
             self.compiled[grid](*values)
             return
@@ -94,7 +96,7 @@ def alike(*arguments: Tensor | int | None) -> tuple[Any, ...]:
     return tuple(
         (argument.dtype, argument.data_ptr() % 16 == 0)
         if isinstance(argument, Tensor)
-        else argument is None or (argument == 1, argument % 16 == 0)
+        else argument is None or (argument == 1, argument % 16 == 0, argument >= 1 << 31)
         for argument in arguments
     )
 

@@ -131,7 +131,9 @@ class QuantLinear(nn.Linear):
     def prepare(self) -> QuantLinear:
         """Bring the weight into the layout that its device's kernels like best; returns self."""
         shape = (self.out_features, self.in_features)
-        layout = dispatch.best_layout(self.format, shape, self.qweight.device, self.dtype, self.kernel)
+        layout = dispatch.best_layout(
+            self.format, shape, self.qweight.device, self.dtype, self.kernel, activations=self.activations
+        )
         if layout != self.layout:
             self._set_parts(self.qweight.to_layout(layout).parts, layout)
         return self
