@@ -189,14 +189,18 @@ def _scaled_work(case: Case) -> Work:
 
 def _scaled_instruction(arch: int, case: Case) -> str:
     """What multiplies two quantized operands on each chip (docs/activations.md)."""
-    integers = case.activations == "int8"
-    if case.dtype == "float32" and not integers:
-        math, _ = activations_launch.math_of(get_format(case.activations), case.torch_dtype, arch)
-        if math == "decode":
-            return "fma.rn.f32"
-    if integers and arch == 103:
-        return "mma.sync"
-    return TENSOR_CORE[arch]
+    fmt = get_format(case.activations)
+    math, _ = activations_launch.math_of(fmt, case.torch_dtype, arch)
+    if math == "scaled":
+        four = case.activations != "mxfp8"
+        if 100 <= arch < 120:
+            kind = "mxf8f6f4" if not four else "mxf4nvf4" if case.activations == "nvfp4" else "mxf4"
+            return f"tcgen05.mma.cta_group::1.kind::{kind}.block_scale"
+        shape, kind = ("m16n8k64", "mxf4nvf4") if four else ("m16n8k32", "mxf8f6f4")
+        return f"mma.sync.aligned.{shape}.row.col.kind::{kind}.block_scale"
+    if math == "decode" and case.dtype == "float32":
+        return "fma.rn.f32"
+    return "mma.sync" if math == "int8" and arch == 103 else TENSOR_CORE[arch]
 
 
 PAIRS = (
