@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import warnings
 from collections import Counter
 
@@ -20,7 +22,17 @@ import pytest
 warnings.filterwarnings("ignore", message=".*Enum subclass.*")
 
 
+def import_kernels() -> None:
+    """Triton decides at a kernel's import whether it is interpreted: import all of them before a test changes the
+    environment."""
+    import quantlib.triton_kernels
+
+    for module in pkgutil.iter_modules(quantlib.triton_kernels.__path__, "quantlib.triton_kernels."):
+        importlib.import_module(module.name)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    import_kernels()
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 

@@ -96,9 +96,10 @@ def modelled(problem: Problem, schedule: Schedule, peak_share: float, efficiency
     partial_sums    fp32 numbers that splits of K write and read again; half of that traffic stays in the L2 cache
     """
     device = problem.device
-    turns = -(-schedule.programs // device.units)
-    fill = schedule.programs / (turns * device.units)
-    resident = min(schedule.programs, device.units * schedule.per_unit)
+    programs = max(1, schedule.programs)
+    turns = -(-programs // device.units)
+    fill = programs / (turns * device.units)
+    resident = min(programs, device.units * schedule.per_unit)
     under_way = resident * schedule.in_flight / (device.bandwidth * 1e3 * LATENCY)
     # Reading the weight again for other rows of x mostly finds it in the L2 cache, which has some four times the bandwidth.
     weight = packed_bytes(problem) * (1 + (schedule.decoded - 1) / 4)
