@@ -27,7 +27,7 @@ from bench.static_cases import ARCHS, Case
 from bench.static_chips import CHIPS
 from bench.static_compile import Compiled, Job, Row, compile_jobs
 from bench.static_decode import Decode
-from bench.static_families import FAMILIES, family_of, sweep_cases
+from bench.static_families import FAMILIES, family_of, intended, sweep_cases
 from bench.static_table import Table, details, differences, read_tables, write_tables
 from quantlib.formats import get_format
 from quantlib.formats.packing import planes
@@ -59,11 +59,11 @@ def _load(case: Case, loads: tuple[int, int]) -> int:
     return narrowest if len(planes(get_format(case.format).codec.bits)) == 1 else widest
 
 
-def faults(arch: int, case: Case, row: Row) -> list[str]:
-    """What is wrong with a compiled case, in words."""
+def faults(arch: int, case: Case, row: Row, version: str) -> list[str]:
+    """What is wrong with a case that a version of Triton compiled, in words."""
     family, chip = family_of(case), CHIPS[arch]
     found = []
-    wanted = family.instruction(arch, case)
+    wanted = intended(family, arch, case, version)
     if not row.instruction.startswith(wanted):
         found.append(f"multiplies by {row.instruction}, {wanted} was intended")
     if row.local:
@@ -78,6 +78,13 @@ def faults(arch: int, case: Case, row: Row) -> list[str]:
     if limit is not None and row.decode is not None and row.decode > limit:
         found.append(f"decodes with {row.decode} instructions per weight, the limit is {limit}")
     return [f"sm_{arch} {case.name}: {fault}" for fault in found]
+
+
+def triton_version() -> str:
+    """The installed Triton's version."""
+    import triton
+
+    return str(triton.__version__)
 
 
 def _unread(result: Compiled, machine_code: bool) -> list[str]:
@@ -123,7 +130,7 @@ def compile_all(jobs: list[Job]) -> tuple[Table, list[str]]:
         wrong += _unread(result, job.machine_code)
         if result.row is not None:
             table[f"sm_{job.arch}"][job.case.name] = result.row
-            wrong += faults(job.arch, job.case, result.row)
+            wrong += faults(job.arch, job.case, result.row, triton_version())
     return table, wrong
 
 
@@ -166,7 +173,7 @@ def show(console: Console, result: Compiled, sass: bool) -> list[str]:
     console.print(grid)
     if result.decode is not None:
         _show_counts(console, result.decode)
-    wrong = faults(result.arch, result.case, row)
+    wrong = faults(result.arch, result.case, row, triton_version())
     doubts = [result.reason] if result.reason else list(result.decode.doubts) if result.decode else []
     for line in (*doubts, *wrong):
         console.print(f"[red]{line}[/]", highlight=False)
@@ -219,17 +226,16 @@ def main() -> int:
 
 
 def _check(update: bool) -> int:
-    import triton
-
+    version = triton_version()
     table, wrong = compile_all(table_jobs())
     tables = read_tables()
     if not wrong and update:
-        write_tables({**tables, triton.__version__: table})
+        write_tables({**tables, version: table})
     elif not update:
-        wrong += differences(triton.__version__, table, tables)
+        wrong += differences(version, table, tables)
     print("\n".join(wrong))
     rows = sum(map(len, table.values()))
-    print(f"Triton {triton.__version__}: {rows} kernels compiled for {len(table)} architectures, {len(wrong)} faults")
+    print(f"Triton {version}: {rows} kernels compiled for {len(table)} architectures, {len(wrong)} faults")
     return 1 if wrong else 0
 
 

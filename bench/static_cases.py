@@ -125,6 +125,11 @@ def by_rows(arch: int, case: Case) -> str:
     return warp_level(arch, case) if case.m < 64 and case.dtype != "float32" else tensor_core(arch, case)
 
 
+def version_number(text: str) -> tuple[int, ...]:
+    """A version, to be compared."""
+    return tuple(int(part) for part in text.split(".") if part.isdigit())
+
+
 def nothing(arch: int, case: Case) -> str:
     """No product at all."""
     return "none"

@@ -32,6 +32,7 @@ from bench.static_cases import (
     operands,
     product_work,
     rows_weight,
+    version_number,
     warp_level,
     weight_of,
 )
@@ -92,14 +93,14 @@ def _skinny(arch: int, case: Case) -> Launch:
     x, y, bias = operands(case)
     tile = _tile("triton_skinny", "linear", arch, case)
     weight, whole = weight_of(case, fragments_weight), fragments_launch.whole_columns(x, COLUMNS)
-    return fragments_launch.skinny_launch(whole, weight, bias, None, y, *_workspace(case, tile.splits), tile)
+    return fragments_launch.skinny_launch(whole, weight, bias, None, y, *_workspace(case, tile.splits), tile, arch)
 
 
 def _gemm(arch: int, case: Case) -> Launch:
     x, y, bias = operands(case)
     tile = _tile("triton_gemm", "linear", arch, case)
     weight, whole = weight_of(case, fragments_weight), fragments_launch.whole_columns(x, COLUMNS)
-    return fragments_launch.gemm_launch(whole, weight, bias, None, y, tile, CHIPS[arch].sms)
+    return fragments_launch.gemm_launch(whole, weight, bias, None, y, tile, CHIPS[arch].sms, arch)
 
 
 def _dgrad(arch: int, case: Case) -> Launch:
@@ -131,7 +132,7 @@ def _grouped(arch: int, case: Case) -> Launch:
     weight = _experts(case)
     tile = grouped_launch.grouped_tile(case.m, EXPERTS, weight.format, case.torch_dtype, arch)
     rows, row_scale = meta(case.m, dtype=torch.int32), meta(case.m, dtype=torch.float32)
-    return grouped_launch.grouped_launch(x, weight, _offsets(), rows, None, row_scale, y, tile)
+    return grouped_launch.grouped_launch(x, weight, _offsets(), rows, None, row_scale, y, tile, arch)
 
 
 def _grouped_dgrad(arch: int, case: Case) -> Launch:
@@ -200,7 +201,24 @@ def _scaled_instruction(arch: int, case: Case) -> str:
         return f"mma.sync.aligned.{shape}.row.col.kind::{kind}.block_scale"
     if math == "decode" and case.dtype == "float32":
         return "fma.rn.f32"
-    return "mma.sync" if math == "int8" and arch == 103 else TENSOR_CORE[arch]
+    if math == "int8" and arch in (100, 103):
+        return INT8_TCGEN05 if arch == 100 else "mma.sync"
+    return TENSOR_CORE[arch]
+
+
+INT8_TCGEN05 = "tcgen05.mma.cta_group::1.kind::i8"
+EMITTED_SINCE = {
+    (100, INT8_TCGEN05): (3, 8),
+    (121, "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale"): (3, 8),
+    (121, "mma.sync.aligned.m16n8k32.row.col.kind::mxf8f6f4.block_scale"): (3, 8),
+}
+"""(architecture, instruction) -> the first Triton that emits it there; earlier ones take one of the older mma.sync."""
+
+
+def intended(family: Family, arch: int, case: Case, version: str) -> str:
+    """How the multiply instruction must begin in what a version of Triton compiles."""
+    wanted = family.instruction(arch, case)
+    return wanted if version_number(version) >= EMITTED_SINCE.get((arch, wanted), ()) else "mma.sync"
 
 
 PAIRS = (

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.static_cases import ARCHS, Case, K, N
+from bench.static_cases import ARCHS, Case, K, N, version_number
 from bench.static_chips import CHIPS
 from bench.static_compile import Row
 from bench.static_families import FAMILIES, cases, family_of
@@ -88,7 +88,7 @@ multiply-add.
 
 def render(tables: dict[str, Table]) -> str:
     """The page for people: every version's instructions and decoding, and the newest version's rows in full."""
-    versions = sorted(tables, key=_version, reverse=True)
+    versions = sorted(tables, key=version_number, reverse=True)
     lines = [_INTRODUCTION]
     for version in versions:
         table = tables[version]
@@ -97,10 +97,6 @@ def render(tables: dict[str, Table]) -> str:
         for arch in ARCHS:
             lines += _details(arch, versions[0], tables[versions[0]].get(f"sm_{arch}", {}))
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".") if part.isdigit())
 
 
 def _grid(head: Iterable[str], rows: Iterable[Iterable[str]], left: int = 1) -> list[str]:

@@ -196,7 +196,7 @@ def test_triton_results_do_not_depend_on_the_tile(tile: Tile) -> None:
     """Neither on how many slots there are, nor on whether slots are rows."""
     case = Case.make(experts("int4-g128", 3, 20, 24, "fragments"), (30, 0, 20), torch.bfloat16, unowned=2)
     y = torch.full((case.total, 20), float("nan"), dtype=torch.bfloat16, device=DEVICE)
-    grouped_launch(whole_columns(case.x, 64), case.weight, case.offsets, case.rows, case.bias, None, y, tile).run(y.device)
+    grouped_launch(whole_columns(case.x, 64), case.weight, case.offsets, case.rows, case.bias, None, y, tile, 0).run(y.device)
     assert_close(y, case.expected(None, case.bias))
     dy = torch.randn(case.total, 20, generator=torch.Generator().manual_seed(4)).to(DEVICE, torch.bfloat16)
     dx = torch.full((case.total, 24), float("nan"), dtype=torch.bfloat16, device=DEVICE)
@@ -222,9 +222,9 @@ def test_triton_takes_strided_x_and_neither_reads_nor_writes_past_its_rows() -> 
     expected = forced(case)
     assert_same_bits(grouped_linear(strided, weight, case.offsets, rows=case.rows, kernel="triton_grouped"), expected)
     y = torch.full((9, 20), 7.0, dtype=torch.bfloat16, device=DEVICE)
-    grouped_launch(whole_columns(strided, 64), weight, case.offsets, case.rows, None, None, y[2:7], Tile(16, 64, 0, 4, 3)).run(
-        y.device
-    )
+    grouped_launch(
+        whole_columns(strided, 64), weight, case.offsets, case.rows, None, None, y[2:7], Tile(16, 64, 0, 4, 3), 0
+    ).run(y.device)
     assert_same_bits(y[2:7], expected)
     assert bool((y[:2] == 7).all())
     assert bool((y[7:] == 7).all())

@@ -59,7 +59,7 @@ def test_every_committed_row_is_sound(version: str) -> None:
         rows = TABLES[version][f"sm_{arch}"]
         assert set(rows) == {case.name for case in cases(arch)}
         for case in cases(arch):
-            assert static.faults(arch, case, rows[case.name]) == []
+            assert static.faults(arch, case, rows[case.name], version) == []
 
 
 @pytest.mark.parametrize("version", sorted(TABLES))
@@ -78,14 +78,24 @@ def test_every_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("rows_linear", "nf4", "bfloat16", 16)
     limited = replace(FAMILIES["rows_linear"], max_decode=((89, "nf4", 3.5),), min_load=16)
     monkeypatch.setitem(FAMILIES, "rows_linear", limited)
-    assert static.faults(89, case, GOOD) == []
+    assert static.faults(89, case, GOOD, "3.9.0") == []
     bad = {"multiplies by fma": replace(GOOD, instruction="fma.rn.f32"), "local memory": replace(GOOD, local=8)}
     bad |= {"shared memory": replace(GOOD, shared=101377), "fused": replace(GOOD, fused=1)}
     bad |= {"loads codes by 4 bytes": replace(GOOD, loads=(16, 4)), "the limit is 3.5": replace(GOOD, decode=3.6)}
     for words, row in bad.items():
-        (fault,) = static.faults(89, case, row)
+        (fault,) = static.faults(89, case, row, "3.9.0")
         assert words in fault
         assert case.name in fault
+
+
+def test_an_instruction_is_intended_from_the_triton_on_that_emits_it() -> None:
+    case = Case("scaled_gemm", "int8-channel", "bfloat16", 512, activations="int8")
+    tcgen05 = replace(GOOD, instruction="tcgen05.mma.cta_group::1.kind::i8")
+    one_warp = replace(GOOD, instruction="mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32")
+    assert static.faults(100, case, one_warp, "3.6.0") == static.faults(100, case, tcgen05, "3.8.0") == []
+    for row, version in ((tcgen05, "3.6.0"), (one_warp, "3.8.0")):
+        (fault,) = static.faults(100, case, row, version)
+        assert "was intended" in fault
 
 
 def test_a_limit_holds_for_a_format_and_its_variants_alone() -> None:

@@ -177,11 +177,11 @@ def splitting_launch(kernel: str, x: Tensor, weight: QuantizedTensor, y: Tensor,
     bias, residual = activations(1, n, x.dtype, seed=7)[0], activations(m, n, x.dtype, seed=8)
     if kernel == "gemv":
         tile = Tile(8, 16, 0, 2, 1, splits=splits)
-        fragments_launch.gemv_launch(x, weight, bias, residual, y, partial, counters, tile).run(weight.device)
+        fragments_launch.gemv_launch(x, weight, bias, residual, y, partial, counters, tile, 0).run(weight.device)
     else:
         tile = Tile(16, 32, 0, 2, 2, splits=splits)
         x = fragments_launch.whole_columns(x, 128)
-        fragments_launch.skinny_launch(x, weight, bias, residual, y, partial, counters, tile).run(weight.device)
+        fragments_launch.skinny_launch(x, weight, bias, residual, y, partial, counters, tile, 0).run(weight.device)
     if counters is not None:
         assert int(counters.abs().sum()) == 0, "counters must be zero again"
 
@@ -211,7 +211,9 @@ def test_a_persistent_program_takes_every_block() -> None:
     )
     y = torch.full((50, 70), float("nan"), dtype=torch.bfloat16, device=DEVICE)
     whole = fragments_launch.whole_columns(x, 128)
-    fragments_launch.gemm_launch(whole, weight, bias, residual, y, Tile(16, 16, 0, 1, 2), units=1).run(weight.device)
+    fragments_launch.gemm_launch(whole, weight, bias, residual, y, Tile(16, 16, 0, 1, 2), units=1, capability=0).run(
+        weight.device
+    )
     assert_close(y, product(x, weight, bias) + residual.double())
 
 

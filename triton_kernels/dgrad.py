@@ -22,27 +22,20 @@ def load_whole_gradient(dy, m, M, dy_stride, first, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def dgrad_kernel(
-    dy, dx, codes, codes1, codes2, table, scales, zeros, outer, inner, scale_map,
-    M, N, K, dy_stride, across, tiles, unit_stride, outer_stride,
+def columns_product(
+    dy, m, M, dy_stride, codes, codes1, codes2, table, scales, zeros, outer, inner, scale_map,
+    block_k, N, across, tiles, unit_stride, outer_stride,
     spec: tl.constexpr, BLOCK_M: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, STAGES: tl.constexpr,
-    GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dy [M, N], rows dy_stride apart, unit column stride, zeros behind N up to a whole block; dx [M, K]
-    contiguous. DOWN * ACROSS warps. Grid: (blocks of dx,)."""
+    """dY W for one block of W's columns: fp32 [BLOCK_M, COLUMNS * ACROSS], summed over N; m: int [BLOCK_M], the rows of dY."""
     WARPS: tl.constexpr = DOWN * ACROSS
-    T: tl.constexpr = 32 * WARPS
     BLOCK_N: tl.constexpr = 16 * DOWN
-    BLOCK_K: tl.constexpr = spec.tile_columns * ACROSS
-    dtype: tl.constexpr = dy.dtype.element_ty
-    block_k, block_m = block_of(tl.program_id(0), tl.cdiv(K, BLOCK_K), tl.cdiv(M, BLOCK_M), GROUP)
-    warp = tl.arange(0, T) // 32
+    warp = tl.arange(0, 32 * WARPS) // 32
     tile = tl.minimum((block_k * ACROSS + warp % ACROSS).to(tl.int64), tiles - 1)
-    m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     last_strip = (N - 1) // 16
     strip = tl.minimum((warp // ACROSS).to(tl.int64), last_strip)
     scale, zero, unit0, unit1 = load_strips(scales, zeros, outer, inner, strip, tile, unit_stride, outer_stride, spec, WARPS)
-    acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, spec.tile_columns * ACROSS), dtype=tl.float32)
     for step in tl.range(0, tl.cdiv(N, BLOCK_N), num_stages=STAGES):
         # The clamped strip of the last step decodes rows that dY's zeros leave out.
         strip = tl.minimum((step * DOWN + warp // ACROSS).to(tl.int64), last_strip)
@@ -54,11 +47,29 @@ def dgrad_kernel(
         gradient = load_whole_gradient(dy, m, M, dy_stride, step * BLOCK_N, BLOCK_N)
         leaves = decode_fragments(
             w0, upper, w1, w2, scale, zero, unit0, unit1, scales, outer, inner, scale_map, table, strip, tile, N - 1, across,
-            dtype, spec, WARPS,
+            dy.dtype.element_ty, spec, WARPS,
         )  # fmt: skip
         acc = multiply_add(gradient, beside(leaves, spec.tile_columns, DOWN, ACROSS), acc)
         scale, zero, unit0, unit1 = next_scale, next_zero, next_unit0, next_unit1
-    acc = restored(acc, outer, spec)
+    return restored(acc, outer, spec)
+
+
+@triton.jit
+def dgrad_kernel(
+    dy, dx, codes, codes1, codes2, table, scales, zeros, outer, inner, scale_map,
+    M, N, K, dy_stride, across, tiles, unit_stride, outer_stride,
+    spec: tl.constexpr, BLOCK_M: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, STAGES: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """dy [M, N], rows dy_stride apart, unit column stride, zeros behind N up to a whole block; dx [M, K] contiguous. DOWN *
+    ACROSS warps. Grid: (blocks of dx,)."""
+    BLOCK_K: tl.constexpr = spec.tile_columns * ACROSS
+    block_k, block_m = block_of(tl.program_id(0), tl.cdiv(K, BLOCK_K), tl.cdiv(M, BLOCK_M), GROUP)
+    m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    acc = columns_product(
+        dy, m, M, dy_stride, codes, codes1, codes2, table, scales, zeros, outer, inner, scale_map,
+        block_k, N, across, tiles, unit_stride, outer_stride, spec, BLOCK_M, DOWN, ACROSS, STAGES,
+    )  # fmt: skip
     k = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = (m < M)[:, None] & (k < K)[None, :]
     tl.store(dx + m.to(tl.int64)[:, None] * K + k[None, :], narrow(acc, dx.dtype.element_ty), mask=mask)

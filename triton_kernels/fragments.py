@@ -185,7 +185,7 @@ def _step(
     w0, upper, w1, w2, scale, zero, unit0, unit1, scales, outer, inner, scale_map, table, lane_entry, strip, tile, last_row,
     across, dtype: tl.constexpr, spec: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """The eight weights of every lane in step S of its tile: `dtype` [T, 2 (b), 2 (h), 2 (g)]."""
+    """The eight weights of every lane in step S of its tile, even columns and odd ones: `dtype` [T, 2 (h), 2 (g)] each."""
     # Blocks shorter than a tile: several scales in it, one of them this step's. (Triton 3.6 takes no chained comparison.)
     SEVERAL: tl.constexpr = spec.block_cols > 0 and spec.block_cols < spec.tile_columns
     E: tl.constexpr = S * 16 // spec.block_cols if SEVERAL else 0
@@ -221,7 +221,7 @@ def _step(
     v2, v3 = decode_pair(word0, above, word1, word2, scale1, zero1, table, lane_entry, hidden, dtype, spec, 1, S)
     v4, v5 = decode_pair(word0, above, word1, word2, scale0, zero0, table, lane_entry, hidden, dtype, spec, 2, S)
     v6, v7 = decode_pair(word0, above, word1, word2, scale1, zero1, table, lane_entry, hidden, dtype, spec, 3, S)
-    return tl.join(tl.join(tl.join(v0, v1), tl.join(v2, v3)), tl.join(tl.join(v4, v5), tl.join(v6, v7)))
+    return tl.join(tl.join(v0, v2), tl.join(v4, v6)), tl.join(tl.join(v1, v3), tl.join(v5, v7))
 
 
 @triton.jit
@@ -229,8 +229,8 @@ def decode_fragments(
     w0, upper, w1, w2, scale, zero, unit0, unit1, scales, outer, inner, scale_map, table, strip, tile, last_row, across,
     dtype: tl.constexpr, spec: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Words from `load_codes` and `load_strips` -> one tile of W per warp, in `dtype`, as registers: [T, 2 (b), 2 (h), 2 (g),
-    steps ...]; to be arranged by `stacked` or `beside`.
+    """Words from `load_codes` and `load_strips` -> one tile of W per warp, in `dtype`, as registers: [T, 2 (h), 2 (g), steps
+    ..., 2 (b)]; to be arranged by `stacked` or `beside`.
 
     last_row, across      N - 1; blocks along a row
     """
@@ -238,42 +238,55 @@ def decode_fragments(
     lane_entry = 0.0
     if spec.codec == "table" and spec.bits == 4:
         lane_entry = tl.load(table + tl.arange(0, T) % 16)
-    s0 = _step(w0, upper, w1, w2, scale, zero, unit0, unit1, scales, outer, inner, scale_map, table, lane_entry, strip, tile,
-               last_row, across, dtype, spec, 0, T)  # fmt: skip
-    s1 = _step(w0, upper, w1, w2, scale, zero, unit0, unit1, scales, outer, inner, scale_map, table, lane_entry, strip, tile,
-               last_row, across, dtype, spec, 1, T)  # fmt: skip
-    s2 = _step(w0, upper, w1, w2, scale, zero, unit0, unit1, scales, outer, inner, scale_map, table, lane_entry, strip, tile,
-               last_row, across, dtype, spec, 2, T)  # fmt: skip
-    s3 = _step(w0, upper, w1, w2, scale, zero, unit0, unit1, scales, outer, inner, scale_map, table, lane_entry, strip, tile,
-               last_row, across, dtype, spec, 3, T)  # fmt: skip
-    first = tl.join(tl.join(s0, s1), tl.join(s2, s3))
-    if spec.tile_columns == 64:
-        return first
-    else:
-        s4 = _step(w0, upper, w1, w2, scale, zero, unit0, unit1, scales, outer, inner, scale_map, table, lane_entry, strip,
-        tile,
-                   last_row, across, dtype, spec, 4, T)  # fmt: skip
-        s5 = _step(w0, upper, w1, w2, scale, zero, unit0, unit1, scales, outer, inner, scale_map, table, lane_entry, strip,
-        tile,
-                   last_row, across, dtype, spec, 5, T)  # fmt: skip
-        s6 = _step(w0, upper, w1, w2, scale, zero, unit0, unit1, scales, outer, inner, scale_map, table, lane_entry, strip,
-        tile,
-                   last_row, across, dtype, spec, 6, T)  # fmt: skip
-        s7 = _step(w0, upper, w1, w2, scale, zero, unit0, unit1, scales, outer, inner, scale_map, table, lane_entry, strip,
-        tile,
-                   last_row, across, dtype, spec, 7, T)  # fmt: skip
-        return tl.join(first, tl.join(tl.join(s4, s5), tl.join(s6, s7)))
+    a0, b0 = _step(
+        w0, upper, w1, w2, scale, zero, unit0, unit1, scales, outer, inner, scale_map, table, lane_entry, strip, tile, last_row,
+        across, dtype, spec, 0, T,
+    )  # fmt: skip
+    a1, b1 = _step(
+        w0, upper, w1, w2, scale, zero, unit0, unit1, scales, outer, inner, scale_map, table, lane_entry, strip, tile, last_row,
+        across, dtype, spec, 1, T,
+    )  # fmt: skip
+    a2, b2 = _step(
+        w0, upper, w1, w2, scale, zero, unit0, unit1, scales, outer, inner, scale_map, table, lane_entry, strip, tile, last_row,
+        across, dtype, spec, 2, T,
+    )  # fmt: skip
+    a3, b3 = _step(
+        w0, upper, w1, w2, scale, zero, unit0, unit1, scales, outer, inner, scale_map, table, lane_entry, strip, tile, last_row,
+        across, dtype, spec, 3, T,
+    )  # fmt: skip
+    even = tl.join(tl.join(a0, a1), tl.join(a2, a3))
+    odd = tl.join(tl.join(b0, b1), tl.join(b2, b3))
+    if spec.tile_columns == 128:
+        a4, b4 = _step(
+            w0, upper, w1, w2, scale, zero, unit0, unit1, scales, outer, inner, scale_map, table, lane_entry, strip, tile,
+            last_row, across, dtype, spec, 4, T,
+        )  # fmt: skip
+        a5, b5 = _step(
+            w0, upper, w1, w2, scale, zero, unit0, unit1, scales, outer, inner, scale_map, table, lane_entry, strip, tile,
+            last_row, across, dtype, spec, 5, T,
+        )  # fmt: skip
+        a6, b6 = _step(
+            w0, upper, w1, w2, scale, zero, unit0, unit1, scales, outer, inner, scale_map, table, lane_entry, strip, tile,
+            last_row, across, dtype, spec, 6, T,
+        )  # fmt: skip
+        a7, b7 = _step(
+            w0, upper, w1, w2, scale, zero, unit0, unit1, scales, outer, inner, scale_map, table, lane_entry, strip, tile,
+            last_row, across, dtype, spec, 7, T,
+        )  # fmt: skip
+        even = tl.join(even, tl.join(tl.join(a4, a5), tl.join(a6, a7)))
+        odd = tl.join(odd, tl.join(tl.join(b4, b5), tl.join(b6, b7)))
+    return tl.join(even, odd)
 
 
 @triton.jit
 def tiles_of(leaves, COLUMNS: tl.constexpr, WARPS: tl.constexpr):
     """Leaves of `decode_fragments` -> one tile per warp: [WARPS, 16, COLUMNS]."""
     if COLUMNS == 64:
-        lanes = tl.reshape(leaves, (WARPS, 8, 4, 2, 2, 2, 2, 2))  # warp, r, q, b, h, g, step low, step high
-        tile = tl.permute(lanes, (0, 4, 1, 7, 6, 5, 2, 3))  # warp, h, r, step high, step low, g, q, b
+        lanes = tl.reshape(leaves, (WARPS, 8, 4, 2, 2, 2, 2, 2))  # warp, r, q, h, g, step low, step high, b
+        tile = tl.permute(lanes, (0, 3, 1, 6, 5, 4, 2, 7))  # warp, h, r, step high, step low, g, q, b
     else:
         lanes = tl.reshape(leaves, (WARPS, 8, 4, 2, 2, 2, 2, 2, 2))
-        tile = tl.permute(lanes, (0, 4, 1, 8, 7, 6, 5, 2, 3))
+        tile = tl.permute(lanes, (0, 3, 1, 7, 6, 5, 4, 2, 8))
     return tl.reshape(tile, (WARPS, 16, COLUMNS))
 
 

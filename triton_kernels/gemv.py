@@ -16,7 +16,7 @@ import triton.language as tl
 from .decode import multiply_add
 from .epilogue import finish
 from .fragments import by_row, decode_fragments, lanes_of, load_codes, load_strips, rows_of, tile_scale, tiles_of
-from .pairs import high_half, low_half
+from .pairs import as_operand, high_half, low_half
 
 ROWS = tl.constexpr(8)
 """Rows of x that one program multiplies: the narrow side of mma m16n8k16."""
@@ -61,11 +61,11 @@ def load_activations(x, m, first, last, x_stride, COLUMNS: tl.constexpr, WARPS: 
     leaves = _load_half_tile(pairs, column, last, dtype, MASKED)
     if COLUMNS == 64:
         lanes = tl.reshape(leaves, (WARPS, 8, 4, 2, 2, 2, 2))  # warp, r, q, g, step low, step high, b
-        return tl.reshape(tl.permute(lanes, (0, 5, 4, 3, 2, 6, 1)), (WARPS, 64, 8))
+        return as_operand(tl.reshape(tl.permute(lanes, (0, 5, 4, 3, 2, 6, 1)), (WARPS, 64, 8)))
     else:
         leaves = tl.join(leaves, _load_half_tile(pairs + 32, column + 64, last, dtype, MASKED))
         lanes = tl.reshape(leaves, (WARPS, 8, 4, 2, 2, 2, 2, 2))  # warp, r, q, g, step low, step middle, b, step high
-        return tl.reshape(tl.permute(lanes, (0, 7, 5, 4, 3, 2, 6, 1)), (WARPS, 128, 8))
+        return as_operand(tl.reshape(tl.permute(lanes, (0, 7, 5, 4, 3, 2, 6, 1)), (WARPS, 128, 8)))
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def gemv_kernel(
             w0, upper, w1, w2, scale, zero, unit0, unit1, scales, outer, inner, scale_map, table, strip, here, N - 1, across,
             dtype, spec, WARPS,
         )  # fmt: skip
-        weight = tiles_of(leaves, TILE_K, WARPS)
+        weight = as_operand(tiles_of(leaves, TILE_K, WARPS))
         if spec.scale_at == "tile":
             scale0 = tile_scale(scale, unit0, scales, outer, inner, scale_map, strip, here, N - 1, across, spec, 0, 0, T)
             scale1 = tile_scale(scale, unit0, scales, outer, inner, scale_map, strip, here, N - 1, across, spec, 1, 0, T)

@@ -13,13 +13,11 @@ block begins there.
 import triton
 import triton.language as tl
 
-from .decode import multiply_add, narrow, widen
-from .dgrad import load_whole_gradient
+from .decode import narrow, widen
+from .dgrad import columns_product
 from .epilogue import scale_rows
-from .fragments import beside, by_row, decode_fragments, lanes_of, load_codes, load_strips, rows_of, stacked, tile_scale
 from .gemm import block_of
-from .skinny import load_whole_columns
-from .values import restored
+from .skinny import strips_product
 
 
 @triton.jit
@@ -44,8 +42,11 @@ def find_rows(offsets, slot, total, experts, BLOCK_M: tl.constexpr, EXPERTS: tl.
 
 @triton.jit
 def of_expert(part, expert, stride):
-    """A part of the weights, from the expert's own on."""
-    return part + expert.to(tl.int64) * stride
+    """A part of the weights, from the expert's own on; 0, which nothing reads, where the format has no such part."""
+    if part is None:
+        return 0
+    else:
+        return part + expert.to(tl.int64) * stride
 
 
 @triton.jit(do_not_specialize=["total", "slots", "M"])
@@ -54,7 +55,7 @@ def grouped_kernel(
     codes_expert, codes1_expert, codes2_expert, scales_expert, zeros_expert, outer_expert, inner_expert,
     total, slots, experts, M, N, K, x_stride, across, tiles, unit_stride, outer_stride,
     spec: tl.constexpr, BLOCK_M: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
-    GROUP: tl.constexpr, EXPERTS: tl.constexpr, BY_ROW: tl.constexpr,
+    GROUP: tl.constexpr, EXPERTS: tl.constexpr, BY_ROW: tl.constexpr, BY_WARP: tl.constexpr,
 ):  # fmt: skip
     """y [total, N] = row_scale * (x[rows] W[expert]^T + bias[expert]); rows that belong to no expert become zero.
 
@@ -69,8 +70,6 @@ def grouped_kernel(
     """
     T: tl.constexpr = 32 * WARPS
     BLOCK_N: tl.constexpr = 16 * WARPS
-    TILE_K: tl.constexpr = spec.tile_columns
-    dtype: tl.constexpr = x.dtype.element_ty
     block_n, slot = block_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), slots, GROUP)
     expert, first, end = find_rows(offsets, slot, total, experts, BLOCK_M, EXPERTS, BY_ROW)
     if first >= end:
@@ -86,49 +85,17 @@ def grouped_kernel(
     if rows is not None:
         source = tl.load(rows + source)
     codes = of_expert(codes, expert, codes_expert)
-    if codes1 is not None:
-        codes1 = of_expert(codes1, expert, codes1_expert)
-    if codes2 is not None:
-        codes2 = of_expert(codes2, expert, codes2_expert)
-    scales = of_expert(scales, expert, scales_expert)
-    if zeros is not None:
-        zeros = of_expert(zeros, expert, zeros_expert)
-    if outer is not None:
-        outer = of_expert(outer, expert, outer_expert)
-    if inner is not None:
-        inner = of_expert(inner, expert, inner_expert)
+    codes1, codes2 = of_expert(codes1, expert, codes1_expert), of_expert(codes2, expert, codes2_expert)
+    scales, zeros = of_expert(scales, expert, scales_expert), of_expert(zeros, expert, zeros_expert)
+    outer, inner = of_expert(outer, expert, outer_expert), of_expert(inner, expert, inner_expert)
 
     strip = (block_n * WARPS + tl.arange(0, T) // 32).to(tl.int64)
     strip = tl.minimum(strip, (N - 1) // 16)
-    scale, zero, unit0, unit1 = load_strips(
-        scales, zeros, outer, inner, strip, strip * 0, unit_stride, outer_stride, spec, WARPS
-    )
-    if spec.scale_at == "tile":
-        acc = tl.zeros((WARPS, 8, 4, 2, BLOCK_M // 8, 2), dtype=tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for tile in tl.range(0, tl.cdiv(K, TILE_K), num_stages=STAGES):
-        w0, upper, w1, w2 = load_codes(codes, codes1, codes2, strip, tile, tiles, spec, WARPS)
-        next_scale, next_zero, next_unit0, next_unit1 = load_strips(
-            scales, zeros, outer, inner, strip, tl.minimum(tile + 1, tiles - 1), unit_stride, outer_stride, spec, WARPS
-        )
-        activation = load_whole_columns(x, source, M, x_stride, tile * TILE_K, TILE_K)
-        leaves = decode_fragments(
-            w0, upper, w1, w2, scale, zero, unit0, unit1, scales, outer, inner, scale_map, table, strip, tile, N - 1, across,
-            dtype, spec, WARPS,
-        )  # fmt: skip
-        weight = stacked(leaves, TILE_K, WARPS)
-        if spec.scale_at == "tile":
-            scale0 = tile_scale(scale, unit0, scales, outer, inner, scale_map, strip, tile, N - 1, across, spec, 0, 0, T)
-            scale1 = tile_scale(scale, unit0, scales, outer, inner, scale_map, strip, tile, N - 1, across, spec, 1, 0, T)
-            part = lanes_of(multiply_add(weight, activation, tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)), WARPS, BLOCK_M)
-            acc = tl.fma(part, tl.broadcast_to(by_row(scale0, scale1, WARPS), part.shape), acc)
-        else:
-            acc = multiply_add(weight, activation, acc)
-        scale, zero, unit0, unit1 = next_scale, next_zero, next_unit0, next_unit1
-    if spec.scale_at == "tile":
-        acc = tl.reshape(rows_of(acc), (BLOCK_N, BLOCK_M))
-
+    acc = strips_product(
+        x, source, M, x_stride, codes, codes1, codes2, table, scales, zeros, outer, inner, scale_map,
+        strip, 0, tl.cdiv(K, spec.tile_columns), N, across, tiles, unit_stride, outer_stride,
+        spec, BLOCK_M, WARPS, 1, STAGES, BY_WARP,
+    )  # fmt: skip
     acc = scale_rows(acc, scales, outer, n, N, spec)
     if bias is not None:
         acc += widen(tl.load(of_expert(bias, expert, N) + tl.minimum(n, N - 1)))[:, None]
@@ -151,11 +118,7 @@ def grouped_dgrad_kernel(
     as in `grouped_kernel`, the product as in dgrad.py.
     Grid: (blocks of dx's columns times slots,).
     """
-    WARPS: tl.constexpr = DOWN * ACROSS
-    T: tl.constexpr = 32 * WARPS
-    BLOCK_N: tl.constexpr = 16 * DOWN
     BLOCK_K: tl.constexpr = spec.tile_columns * ACROSS
-    dtype: tl.constexpr = dy.dtype.element_ty
     block_k, slot = block_of(tl.program_id(0), tl.cdiv(K, BLOCK_K), slots, GROUP)
     expert, first, end = find_rows(offsets, slot, total, experts, BLOCK_M, EXPERTS, BY_ROW)
     if first >= end:
@@ -168,40 +131,14 @@ def grouped_dgrad_kernel(
         tl.store(at, tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32).to(dx.dtype.element_ty), mask=mask)
         return
     codes = of_expert(codes, expert, codes_expert)
-    if codes1 is not None:
-        codes1 = of_expert(codes1, expert, codes1_expert)
-    if codes2 is not None:
-        codes2 = of_expert(codes2, expert, codes2_expert)
-    scales = of_expert(scales, expert, scales_expert)
-    if zeros is not None:
-        zeros = of_expert(zeros, expert, zeros_expert)
-    if outer is not None:
-        outer = of_expert(outer, expert, outer_expert)
-    if inner is not None:
-        inner = of_expert(inner, expert, inner_expert)
+    codes1, codes2 = of_expert(codes1, expert, codes1_expert), of_expert(codes2, expert, codes2_expert)
+    scales, zeros = of_expert(scales, expert, scales_expert), of_expert(zeros, expert, zeros_expert)
+    outer, inner = of_expert(outer, expert, outer_expert), of_expert(inner, expert, inner_expert)
 
-    warp = tl.arange(0, T) // 32
-    tile = tl.minimum((block_k * ACROSS + warp % ACROSS).to(tl.int64), tiles - 1)
-    last_strip = (N - 1) // 16
-    strip = tl.minimum((warp // ACROSS).to(tl.int64), last_strip)
-    scale, zero, unit0, unit1 = load_strips(scales, zeros, outer, inner, strip, tile, unit_stride, outer_stride, spec, WARPS)
-    acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-    for step in tl.range(0, tl.cdiv(N, BLOCK_N), num_stages=STAGES):
-        # The clamped strip of the last step decodes rows that dY's zeros leave out.
-        strip = tl.minimum((step * DOWN + warp // ACROSS).to(tl.int64), last_strip)
-        w0, upper, w1, w2 = load_codes(codes, codes1, codes2, strip, tile, tiles, spec, WARPS)
-        ahead = tl.minimum(strip + DOWN, last_strip)
-        next_scale, next_zero, next_unit0, next_unit1 = load_strips(
-            scales, zeros, outer, inner, ahead, tile, unit_stride, outer_stride, spec, WARPS
-        )
-        gradient = load_whole_gradient(dy, m, end, dy_stride, step * BLOCK_N, BLOCK_N)
-        leaves = decode_fragments(
-            w0, upper, w1, w2, scale, zero, unit0, unit1, scales, outer, inner, scale_map, table, strip, tile, N - 1, across,
-            dtype, spec, WARPS,
-        )  # fmt: skip
-        acc = multiply_add(gradient, beside(leaves, spec.tile_columns, DOWN, ACROSS), acc)
-        scale, zero, unit0, unit1 = next_scale, next_zero, next_unit0, next_unit1
-    acc = restored(acc, outer, spec)
+    acc = columns_product(
+        dy, m, end, dy_stride, codes, codes1, codes2, table, scales, zeros, outer, inner, scale_map,
+        block_k, N, across, tiles, unit_stride, outer_stride, spec, BLOCK_M, DOWN, ACROSS, STAGES,
+    )  # fmt: skip
     if row_scale is not None:
         acc = acc * widen(tl.load(row_scale + tl.minimum(m, end - 1)))[:, None]
     tl.store(at, narrow(acc, dx.dtype.element_ty), mask=mask)

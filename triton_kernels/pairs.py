@@ -9,6 +9,9 @@ import triton.language as tl
 
 from .decode import INTERPRET, narrow, widen
 
+WIDTH_HALVED_BY_JOINS = tl.constexpr(tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8))
+"""Whether this Triton is one of those that `as_operand` is for."""
+
 NO_ADDEND = tl.constexpr(-0x7FFF8000)
 """-0 in both halves: as the addend of a multiplication it keeps the sign of a zero."""
 
@@ -43,7 +46,10 @@ def both_low(pair):
     if INTERPRET:
         return twice(pair & 0xFFFF)
     else:
-        return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, 0x1010;", "=r,r", [pair], dtype=tl.int32, is_pure=True, pack=1)
+        # Written as moves of halves, ptxas makes it a modifier of the instruction that reads it.
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 l, h; mov.b32 {l, h}, $1; mov.b32 $0, {l, l}; }", "=r,r", [pair], dtype=tl.int32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -52,7 +58,9 @@ def both_high(pair):
     if INTERPRET:
         return twice((pair >> 16) & 0xFFFF)
     else:
-        return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, 0x3232;", "=r,r", [pair], dtype=tl.int32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 l, h; mov.b32 {l, h}, $1; mov.b32 $0, {h, h}; }", "=r,r", [pair], dtype=tl.int32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -76,3 +84,17 @@ def pair_fma(a, b, c, dtype: tl.constexpr):
 def pair_mul(a, b, dtype: tl.constexpr):
     """a * b in both halves."""
     return pair_fma(a, b, a * 0 + NO_ADDEND, dtype)
+
+
+@triton.jit
+def as_operand(tile):
+    """`tile`, of 16 bits, as an operand of a product whose history Triton does not see; neighbours of its last dimension must
+    share a register.
+
+    Before 3.8 Triton halves the width of operands that were joined when it chooses mma.sync's order of K, and then shuffles
+    every element into that order. It looks through pure operations only, so the empty one here says that it is not.
+    """
+    if WIDTH_HALVED_BY_JOINS and not INTERPRET:
+        return tl.inline_asm_elementwise("", "=r,0", [tile], dtype=tile.dtype, is_pure=False, pack=2)
+    else:
+        return tile

@@ -13,6 +13,7 @@ from quantlib.formats.base import Format
 from quantlib.formats.codecs import Affine, Minifloat, Table
 from quantlib.formats.packing import planes
 from quantlib.formats.scales import DYNAMIC_MAP, DoubleQuantScale, FloatScale, SuperScale
+from quantlib.kernels.fragments_tiles import by_warp
 from quantlib.kernels.triton_launch import Launch, Tile, device_table
 from quantlib.layouts import fragments
 from quantlib.tensor import QuantizedTensor
@@ -212,13 +213,15 @@ def skinny_launch(
     partial: Tensor | None,
     counters: Tensor | None,
     tile: Tile,
+    capability: int,
 ) -> Launch:
     """x [M, K] (`whole_columns` of the layout's tile) times W^T plus bias [N] plus residual [M, N] -> y [M, N]; a program takes
-    tile.m rows of x and 16 * tile.warps of W."""
+    tile.m rows of x and 16 * tile.warps of W. `capability` is 0 for a CPU."""
     from quantlib.triton_kernels.skinny import skinny_kernel
 
     arguments = _linear_arguments(x, weight, bias, residual, y, "skinny")
     constants = {"BLOCK_M": tile.m, "WARPS": tile.warps, "SPLITS": tile.splits, "STAGES": tile.stages}
+    constants["BY_WARP"] = by_warp(capability)
     grid = skinny_grid(x.shape[0], weight.shape[0], tile)
     return Launch(skinny_kernel, grid, {**arguments, "partial": partial, "counters": counters, **constants}, tile.options)
 
@@ -231,12 +234,13 @@ def gemm_launch(
     y: Tensor,
     tile: Tile,
     units: int,
+    capability: int,
 ) -> Launch:
     """As `skinny_launch`, without splits; `units`: SMs of the chip, each of which runs one persistent program."""
     from quantlib.triton_kernels.gemm import gemm_kernel
 
     arguments = _linear_arguments(x, weight, bias, residual, y, "gemm")
-    constants = {"BLOCK_M": tile.m, "WARPS": tile.warps, "STAGES": tile.stages, "GROUP": 8}
+    constants = {"BLOCK_M": tile.m, "WARPS": tile.warps, "STAGES": tile.stages, "GROUP": 8, "BY_WARP": by_warp(capability)}
     grid = gemm_grid(x.shape[0], weight.shape[0], tile, units)
     return Launch(gemm_kernel, grid, {**arguments, **constants}, tile.options)
 

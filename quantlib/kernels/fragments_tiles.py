@@ -18,7 +18,7 @@ WARPS_WANTED = 12
 """Warps per SM that keep memory busy, at two tiles of 512 bytes each."""
 
 
-NARROW_REGISTERS = {16: 128, 32: 168}
+NARROW_REGISTERS = {8: 128, 16: 128, 32: 168}
 """Bounds for tiles of few rows. They need fewer; without a bound ptxas spills a value or two to fit one more program on an
 SM."""
 PEAK_SHARE = {8: 0.15, 16: 0.25, 32: 0.4, 64: 0.6, 128: 0.7, 256: 0.75}
@@ -35,9 +35,9 @@ def gemv_tiles(n: int, tiles: int, units: int) -> list[Tile]:
             warps *= 2
         else:
             splits *= 2
-    first = Tile(8, 16, 0, warps, 1, splits=splits)
+    first = Tile(8, 16, 0, warps, 1, NARROW_REGISTERS[8], splits)
     others = [
-        Tile(8, 16, 0, warps, 1, splits=splits)
+        Tile(8, 16, 0, warps, 1, NARROW_REGISTERS[8], splits)
         for warps in (2, 4, 8, 16)
         for splits in (1, 2, 4, 8)
         if tiles >= warps * splits and strips * splits <= units * 64
@@ -87,10 +87,10 @@ def gemm_tiles(m: int, dtype: torch.dtype, device: Device) -> list[Tile]:
     return [Tile(128, 128, 0, 8, 3 if _roomy(device) else 2, registers=255), small]
 
 
-def _by_warp(device: Device) -> bool:
+def by_warp(capability: int) -> bool:
     """Whether tensor cores are one warp's (mma.sync), which holds accumulators and operands in its own registers, and not a
     warpgroup's (wgmma, tcgen05)."""
-    return not 90 <= device.capability < 120
+    return not 90 <= capability < 120
 
 
 @lru_cache(maxsize=1024)
@@ -101,6 +101,6 @@ def dgrad_tiles(m: int, width: int, dtype: torch.dtype, device: Device) -> list[
     rows = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
     registers = NARROW_REGISTERS.get(rows)
     if width == 128:
-        return [Tile(64, 64, 0, 8, 3) if rows >= 64 and _by_warp(device) else Tile(rows, 64, 0, 4, 3, registers)]
+        return [Tile(64, 64, 0, 8, 3) if rows >= 64 and by_warp(device.capability) else Tile(rows, 64, 0, 4, 3, registers)]
     found = [Tile(rows, 64, 0, 8, 3, registers)]
     return found if rows <= 64 else [*found, Tile(64, 64, 0, 8, 3)]

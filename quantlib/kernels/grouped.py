@@ -143,7 +143,8 @@ class TritonGrouped(TritonGroupedKernel):
             x = whole_columns(x, fragments.tile_columns(problem.format))
             bias = None if bias is None else bias.contiguous()
             offsets, rows, row_scale = grouping.offsets, grouping.rows, grouping.row_scale
-            grouped_launch(x, weight, offsets, rows, bias, row_scale, y, self.tile(problem)).run(x.device)
+            tile, capability = self.tile(problem), problem.device.capability
+            grouped_launch(x, weight, offsets, rows, bias, row_scale, y, tile, capability).run(x.device)
         return y
 
 

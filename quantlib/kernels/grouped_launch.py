@@ -10,6 +10,7 @@ from torch import Tensor
 from quantlib.experts import QuantizedExperts
 from quantlib.formats.base import Format
 from quantlib.kernels.fragments_launch import fragment_arguments
+from quantlib.kernels.fragments_tiles import by_warp
 from quantlib.kernels.triton_launch import Launch, Tile
 from quantlib.layouts import fragments
 
@@ -25,7 +26,7 @@ def _block_rows(total: int, experts: int, widest: int) -> int:
 
 def _short_of_registers(fmt: Format, capability: int) -> bool:
     """Whether mma.sync, which keeps a decoded tile of 128 columns in registers, leaves too few of them for 128 x 128 sums."""
-    return fragments.tile_columns(fmt) == 128 and not 90 <= capability < 120
+    return fragments.tile_columns(fmt) == 128 and by_warp(capability)
 
 
 def grouped_tile(total: int, experts: int, fmt: Format, dtype: torch.dtype, capability: int) -> Tile:
@@ -36,7 +37,8 @@ def grouped_tile(total: int, experts: int, fmt: Format, dtype: torch.dtype, capa
     if rows <= 64:
         return Tile(rows, 64, 0, 4, 3)
     if _short_of_registers(fmt, capability):
-        return Tile(64, 128, 0, 8, 3, registers=255)
+        roomy = capability == 80 or fmt.scale.kind != "double"
+        return Tile(64, 128, 0, 8, 3 if roomy else 2, registers=255)
     return Tile(rows, 128, 0, 8, 3)
 
 
@@ -45,9 +47,12 @@ def grouped_dgrad_tile(total: int, experts: int, fmt: Format, dtype: torch.dtype
     if dtype == torch.float32:
         return Tile(16, 16, 0, 1, 1, registers=255)
     short = _short_of_registers(fmt, capability)
-    rows = _block_rows(total, experts, 64 if short else 128)
+    # Triton 3.6 unrolls the loop there, and two levels of scales take the registers of half the accumulators.
+    double = short and fmt.scale.kind == "double" and 0 < capability < 90
+    rows = _block_rows(total, experts, 32 if double else 64 if short else 128)
     if rows <= 32:
-        return Tile(rows, 64, 0, 4, 3, registers=128 if rows == 16 else 168)
+        registers = (168 if rows == 16 else 255) if double else (128 if rows == 16 else 168)
+        return Tile(rows, 64, 0, 4, 3, registers=registers)
     return Tile(rows, 64, 0, 8 if short or rows == 128 else 4, 3)
 
 
@@ -80,6 +85,7 @@ def grouped_launch(
     row_scale: Tensor | None,
     y: Tensor,
     tile: Tile,
+    capability: int,
 ) -> Launch:
     """x [M, K] (`whole_columns` of the layout's tile), gathered by rows [T], times the experts' W^T -> y [T, N], contiguous.
 
@@ -93,7 +99,7 @@ def grouped_launch(
     slots = _slots(y.shape[0], experts, tile.m)
     tensors = {"x": x, "y": y, "bias": bias, "offsets": offsets, "rows": rows, "row_scale": row_scale}
     sizes = {"total": y.shape[0], "experts": experts, "M": x.shape[0], "N": n, "K": k, "x_stride": x.stride(0)}
-    constants = {"BLOCK_M": tile.m, "WARPS": tile.warps, "STAGES": tile.stages}
+    constants = {"BLOCK_M": tile.m, "WARPS": tile.warps, "STAGES": tile.stages, "BY_WARP": by_warp(capability)}
     grid = (_ceil(n, 16 * tile.warps) * slots["slots"],)
     return Launch(grouped_kernel, grid, {**tensors, **sizes, **slots, **arguments, **constants}, tile.options)
 

@@ -183,7 +183,7 @@ class TritonSkinny(FragmentKernel):
             partial, counters = split_workspace(tile.splits, m, n, blocks, device)
             rows = whole_columns(activation_rows(problem, x), COLUMNS)
             self.launch(
-                lambda: skinny_launch(rows, weight, bias, None, y, partial, counters, tile),
+                lambda: skinny_launch(rows, weight, bias, None, y, partial, counters, tile, problem.device.capability),
                 weight, tile, skinny_grid(m, n, tile),
                 x=rows, y=y, bias=bias, partial=partial, counters=counters, M=m, x_stride=rows.stride(0),
             )  # fmt: skip
@@ -216,7 +216,7 @@ class TritonGemm(FragmentKernel):
         if y.numel():
             rows = whole_columns(activation_rows(problem, x), COLUMNS)
             self.launch(
-                lambda: gemm_launch(rows, weight, bias, None, y, tile, units),
+                lambda: gemm_launch(rows, weight, bias, None, y, tile, units, problem.device.capability),
                 weight, tile, gemm_grid(m, n, tile, units),
                 x=rows, y=y, bias=bias, M=m, x_stride=rows.stride(0),
             )  # fmt: skip
