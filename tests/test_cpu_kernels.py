@@ -357,7 +357,7 @@ def test_without_the_extension_the_reason_is_told_and_the_reference_runs(monkeyp
 
 
 def test_the_build_is_on_record() -> None:
-    record, info = cpu.build_record(), cpu._cpu.build_info()
+    record, info = cpu.build_record("_cpu"), cpu._cpu.build_info()
     assert record["built"] is True
     assert set(info["isas"]) <= set(record["isas"])
     assert set(record["isas"]) | set(record["left_out"]) == {"scalar", "avx2", "avx512"}

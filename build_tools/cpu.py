@@ -1,0 +1,72 @@
+"""quantlib._cpu: csrc/cpu, the kernels once per instruction set, one file that dispatches and one that binds."""
+
+from __future__ import annotations
+
+import json
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from build_tools import BuildError
+from build_tools.host import OBJECTS, ROOT, Compiler, pybind11_include
+from build_tools.objects import Unit, compile_unit
+from build_tools.schedule import worker_count
+
+SOURCES = Path("csrc/cpu")
+X86 = platform.machine().lower() in ("x86_64", "amd64", "i686", "i386")
+ISA_FLAGS: dict[str, list[str]] = {
+    "scalar": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
+}
+"""Instruction sets in the order of QUANTLIB_ISA_LEVEL (csrc/cpu/simd.h)."""
+
+# The law rounds (value - zero) * scale - minimum after each operation; where sums may be fused, we say so.
+EXACT_FLAGS = ("-ffp-contract=off",)
+# gcc 12 and 13 take the deliberately undefined registers of their own AVX-512 headers for a mistake (gcc bug 105593).
+QUIET_FLAGS = ("-Wno-maybe-uninitialized", "-Wno-uninitialized")
+
+
+def units(compiler: Compiler, include: tuple[str, ...], openmp: bool, facts: dict[str, Any]) -> list[Unit]:
+    """What to compile; instruction sets that are left out are explained in `facts`."""
+    threads = ("-fopenmp",) if openmp else ()
+    built, left_out = [], {}
+    for isa, flags in ISA_FLAGS.items():
+        if isa != "scalar" and not X86:
+            left_out[isa] = f"not an instruction set of {platform.machine()}"
+        elif not compiler.accepts(flags):
+            left_out[isa] = f"{compiler.version} does not take {' '.join(flags) or '-std=c++17'}"
+        else:
+            built.append(isa)
+    if "scalar" not in built:
+        raise BuildError(f"{compiler.version} does not compile C++17")
+    facts |= {"isas": built, "left_out": left_out, "openmp": openmp, "compiler": compiler.version}
+
+    def unit(source: str, name: str, *flags: str) -> Unit:
+        command = compiler.compiling(*EXACT_FLAGS, *QUIET_FLAGS, *flags)
+        return Unit(SOURCES / source, name, command, compiler.version)
+
+    levels = list(ISA_FLAGS)
+    kernels = [
+        unit("kernels.cpp", isa, *ISA_FLAGS[isa], f"-DQUANTLIB_ISA_LEVEL={levels.index(isa)}", *threads) for isa in built
+    ]
+    has = (f"-DQUANTLIB_HAS_{isa.upper()}" for isa in built if isa != "scalar")
+    compiled_by = f"-DQUANTLIB_COMPILER={json.dumps(compiler.version)}"
+    return [*kernels, unit("dispatch.cpp", "dispatch", *has), unit("bindings.cpp", "bindings", *include, compiled_by, *threads)]
+
+
+def build(target: Path, facts: dict[str, Any], python_include: list[str]) -> None:
+    """Make the module `target` and fill in `facts`; raises BuildError."""
+    include = pybind11_include(python_include)
+    compiler = Compiler()
+    openmp = compiler.accepts(["-fopenmp"])
+    if not openmp:
+        facts["openmp_left_out"] = f"{compiler.version} does not link with -fopenmp; kernels run on one thread"
+    todo = units(compiler, include, openmp, facts)
+    with ThreadPoolExecutor(max_workers=worker_count()) as pool:
+        objects = list(pool.map(lambda unit: compile_unit(unit, OBJECTS / "cpu", ROOT), todo))
+    for made in objects:
+        if made.log.strip() and not made.cached:
+            print(made.log.strip(), flush=True)
+    compiler.link([made.path for made in objects], target, *(["-fopenmp"] if openmp else []))
