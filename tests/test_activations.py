@@ -18,7 +18,7 @@ from quantlib.dispatch import choices, problem_of, run, select
 from quantlib.errors import FormatError, ShapeError
 from quantlib.formats import Format, get_format
 from quantlib.formats.codecs import E2M1, E4M3, E5M2
-from quantlib.kernels import Problem, get_kernel, list_kernels, torch_scaled
+from quantlib.kernels import Problem, cuda_module, get_kernel, list_kernels, torch_scaled
 from quantlib.kernels.activations import quantize_activations
 from quantlib.kernels.activations_launch import (
     WHOLE_ROW,
@@ -392,6 +392,7 @@ def test_kernels_of_activations_refuse_everything_else() -> None:
     assert {kernel.name for kernel in SCALED} == {
         "triton_scaled_fp8", "triton_scaled_int8", "triton_scaled_mx", "triton_scaled_nvfp4",
         "torch_scaled_fp8", "torch_scaled_fp8_blocks", "torch_scaled_mxfp8", "torch_scaled_nvfp4",
+        "cuda_scaled_nvfp4", "cuda_scaled_mx",
     }  # fmt: skip
     for kernel in SCALED:
         assert "none are asked for" in str(kernel.supports(problem(None, "fp8-e4m3", HOPPER)))
@@ -457,6 +458,7 @@ def test_large_batches_take_native_kernels(
     activations: str, weight: str, device: Device, kernels: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(cuda_module, "refusal", lambda sources, capability: "not looked at here")
     asked = problem(activations, weight, device)
     costs = {choice.kernel: choice.cost for choice in choices(asked) if choice.kernel in kernels}
     assert set(costs) == kernels

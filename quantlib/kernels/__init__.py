@@ -1,6 +1,17 @@
 """Level 2: how to MULTIPLY. Importing this package fills the table of kernels; each kernel declares itself in its own file."""
 
-from quantlib.kernels import activations, cpu, grouped, reference, torch_scaled, triton, triton_fragments
+from quantlib.kernels import (
+    activations,
+    cpu,
+    cuda_fragments,
+    cuda_scaled,
+    cuda_sm90,
+    grouped,
+    reference,
+    torch_scaled,
+    triton,
+    triton_fragments,
+)
 from quantlib.kernels.base import Kernel, Problem, get_kernel, list_kernels, register_kernel, unregister_kernel
 
 __all__ = [
@@ -8,6 +19,9 @@ __all__ = [
     "Problem",
     "activations",
     "cpu",
+    "cuda_fragments",
+    "cuda_scaled",
+    "cuda_sm90",
     "get_kernel",
     "grouped",
     "list_kernels",
