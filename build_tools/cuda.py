@@ -95,6 +95,7 @@ def nvcc_unit(source: Source, tools: Toolchain) -> Unit:
         "-fPIC,-fvisibility=hidden",
         "-Xptxas",
         "-v",
+        *(word for flag in source.row.ptxas for word in ("-Xptxas", flag)),
         *(f"-I{path}" for path in include),
         *(word for made in source.targets for word in ("-gencode", made.gencode)),
     )

@@ -486,7 +486,7 @@ def test_a_family_that_lacks_something_is_left_out_alone(tree: Path) -> None:
     whole = planned(tree, nvcc.Cutlass("4.2.0", ()))
     assert [source.path for source in whole.sources] == ["sm80/scale.cu", "sm100/kernel.cu"]
     assert set(whole.bindings) == {"sm80", "sm100"}
-    assert [source.row.memory for source in whole.sources] == [1.5, 6]
+    assert [source.row.memory for source in whole.sources] == [1.5, 7.5]
 
 
 def test_every_source_has_a_row_and_every_family_its_binding() -> None:
