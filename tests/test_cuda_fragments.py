@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantlib.dispatch import run
 from quantlib.formats import Format, get_format
 from quantlib.kernels import cuda_fragments_launch as launches
 from quantlib.kernels.cuda_fragments_launch import Variant
@@ -265,3 +266,39 @@ PYBIND11_MODULE(NAME, module) {
 
 def test_the_copy_that_is_broken_is_sound_before(tmp_path: Path) -> None:
     check_products(few_instances(tmp_path, "simt_sound"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("spec", SERVED)
+def test_a_gpu_gives_the_decoded_weight(spec: str, dtype: torch.dtype) -> None:
+    weight = quantized(spec, 130, 1000).to("cuda")
+    law, ulps = weight.dequantize(dtype), declared_ulps(weight.format)
+    some = torch.randperm(1000, generator=torch.Generator().manual_seed(1)).cuda()
+    for kernel, rows in (("cuda_sm80_gemv", 8), *(("cuda_sm80_linear_frag", rows) for rows in (8, 16, 32, 200))):
+        y = run("linear", torch.eye(1000, dtype=dtype, device="cuda")[some[:rows]], weight, kernel=kernel)
+        assert_within_ulps(y.T.contiguous(), law[:, some[:rows]] + 0.0, ulps)
+    for rows in (16, 130):
+        dx = run("dgrad", torch.eye(130, dtype=dtype, device="cuda")[:rows], weight, kernel="cuda_sm80_dgrad_frag")
+        assert_within_ulps(dx, law[:rows] + 0.0, 1 if weight.format.scale.kind == "e4m3_global" else 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("spec", ["int4-g128", "nf4", "nvfp4", "fp8-e4m3"])
+def test_a_gpu_multiplies_within_the_limits_and_repeats_itself(spec: str) -> None:
+    weight = quantized(spec, 2050, 4100).to("cuda")
+    law = weight.dequantize(torch.bfloat16).double()
+    for m in (1, 3, 16, 65, 256):
+        x = torch.randn(m, 4100, generator=torch.Generator().manual_seed(m)).to("cuda", torch.bfloat16)
+        for kernel in ("cuda_sm80_gemv", "cuda_sm80_linear_frag"):
+            if kernel == "cuda_sm80_gemv" and m > 8:
+                continue
+            y = run("linear", x, weight, kernel=kernel)
+            assert_close(y, x.double() @ law.T)
+            assert_same_bits(run("linear", x, weight, kernel=kernel), y)
+        dy = torch.randn(m, 2050, generator=torch.Generator().manual_seed(m)).to("cuda", torch.bfloat16)
+        dx = run("dgrad", dy, weight, kernel="cuda_sm80_dgrad_frag")
+        assert_close(dx, dy.double() @ law)
+        assert_same_bits(run("dgrad", dy, weight, kernel="cuda_sm80_dgrad_frag"), dx)
