@@ -38,8 +38,8 @@ GEMV_ROWS = 8
 LINEAR_ROWS = 256
 PEAK_SHARE = {8: 0.15, 16: 0.25, 32: 0.4, 64: 0.6}
 """Rows of x or dY in a block -> the share of the matrix peak that its instructions reach (estimates)."""
-INSTRUCTIONS = {"int4": 1.4, "table": 2.3, "float4": 2.2}
-"""Codec -> machine instructions per decoded weight, from docs/cuda-table.md; others take about OTHER_INSTRUCTIONS."""
+INSTRUCTIONS = {"int4": 1.4, "table": 2.0, "float4": 2.1}
+"""Codec -> machine instructions per decoded weight, counted by bench/cuda_decode.py; others take about OTHER_INSTRUCTIONS."""
 OTHER_INSTRUCTIONS = 2.5
 
 

@@ -45,16 +45,19 @@ struct Plane {
         } else if constexpr (BITS == 2) {
             take(words, 0, load_shared<Words4>(shared + 16 * chunk_place(lane)));
         } else if constexpr (BITS == 4) {
+            // By arithmetic: of a condition the compiler makes a branch inside the main loop.
+            const int each = wide ? 2 : 1, next = wide ? 1 : 32;
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-                take(words, 4 * c, load_shared<Words4>(shared + 16 * chunk_place(wide ? 2 * lane + c : 32 * c + lane)));
+                take(words, 4 * c, load_shared<Words4>(shared + 16 * chunk_place(each * lane + next * c)));
             }
         } else {
+            const int each = wide ? 2 : 1, next_c = wide ? 1 : 64, next_g = wide ? 64 : 32;
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
 #pragma unroll
                 for (int g = 0; g < 2; ++g) {
-                    int i = wide ? 64 * g + 2 * lane + c : 64 * c + 32 * g + lane;
+                    int i = each * lane + next_c * c + next_g * g;
                     take(words, 8 * c + 4 * g, load_shared<Words4>(shared + 16 * chunk_place(i)));
                 }
             }
