@@ -74,7 +74,7 @@ class CudaFragmentKernel(Kernel):
     def supports(self, problem: Problem) -> str | None:
         most = self.most_rows()
         if problem.device.kind != "cuda":
-            return "CUDA kernels need a CUDA device"
+            return "needs a CUDA device"
         if problem.device.capability < 80:
             return f"these kernels need compute capability 8.0 or newer; {problem.device.name} is {problem.device.arch}"
         if problem.layout != self.layout:
