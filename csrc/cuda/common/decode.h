@@ -14,14 +14,14 @@ template <class T>
 struct Constants;
 template <>
 struct Constants<Bf16> {
-    static constexpr uint32_t one = 0x3F803F80, minus_zero = 0x80008000;
+    static constexpr uint32_t one = 0x3F803F80;
     static constexpr uint32_t magic = 0x43004300;    // 128: the unit in the last place is 1, seven bits of a code fit below
     static constexpr uint32_t negative = 0xC300;     // -128 in one half, for codes to be or-ed in
     static constexpr int mantissa = 7, bias = 127;
 };
 template <>
 struct Constants<Half> {
-    static constexpr uint32_t one = 0x3C003C00, minus_zero = 0x80008000;
+    static constexpr uint32_t one = 0x3C003C00;
     static constexpr uint32_t magic = 0x64006400;  // 1024
     static constexpr uint32_t negative = 0xE400;
     static constexpr int mantissa = 10, bias = 15;

@@ -37,7 +37,7 @@ struct BlockScales {
         if (SCALING != Scaling::grid && w.scale_home == ScaleHome::strip) words.copy(shared, w.scales, strip, turn, lane);
     }
 
-    // Block e of a turn, row r + 8 h. from: where the turn's entries begin; LOAD: how they are loaded.
+    // Block e of a turn, row r + 8 h. load: the turn's entries (SharedEntries, GlobalEntries).
     template <class Load>
     QL_DEVICE float number(const Load& load, int e, int h, int strip, int turn) const {
         if constexpr (SCALING == Scaling::grid) {
