@@ -34,34 +34,42 @@ struct Share {
 
 // sums[COUNT] of this thread -> the whole block's sums; true for the threads of the program that arrived last. `flag`: 4 bytes of
 // shared memory that nobody else uses. COUNT numbers of THREADS threads make a block.
-template <int THREADS, int COUNT>
-QL_DEVICE bool meet(const Schedule& s, const Share& share, float (&sums)[COUNT], std::byte* flag) {
+// wait: the barrier of those threads, the first of the program.
+template <int THREADS, int COUNT, class Wait>
+QL_DEVICE bool meet(const Schedule& s, const Share& share, float (&sums)[COUNT], std::byte* flag, const Wait& wait) {
     if (share.whole) return true;
     constexpr int64_t SUMS = int64_t(THREADS) * COUNT;
     float* mine = s.partial + share.place(s, block_x()) * SUMS + thread();
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) store_global(mine + i * THREADS, sums[i]);
     thread_fence();
-    sync_threads();
+    wait();
     if (thread() == 0) {
         int arrived = add_acquire_release(s.counters + share.block, 1);
         bool last = arrived == share.last - share.first;
         if (last) store_global(s.counters + share.block, 0);
         store_shared(flag, uint32_t(last));
     }
-    sync_threads();
+    wait();
     bool last = load_shared<uint32_t>(flag) != 0;
-    sync_threads();
+    wait();
     if (!last) return false;
     thread_fence();
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) sums[i] = 0.0f;
+    QL_NO_UNROLL
     for (int program = share.first; program <= share.last; ++program) {
         const float* from = s.partial + share.place(s, program) * SUMS + thread();
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) sums[i] += load_l2<float>(from + i * THREADS);
     }
     return true;
+}
+
+// All threads of the program.
+template <int THREADS, int COUNT>
+QL_DEVICE bool meet(const Schedule& s, const Share& share, float (&sums)[COUNT], std::byte* flag) {
+    return meet<THREADS>(s, share, sums, flag, [] { sync_threads(); });
 }
 
 }  // namespace quantlib::cuda
