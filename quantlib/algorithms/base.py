@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantlib.errors import QuantlibError, ShapeError
-from quantlib.formats.base import Format
+from quantlib.formats.base import Format, extremes
 from quantlib.tensor import QuantizedTensor
 
 
@@ -56,7 +56,7 @@ def validate_weight(weight: Tensor, fmt: Format, name: str = "weight") -> None:
         raise ShapeError(f"{name}: the weight is on the meta device and holds no data; load it before quantizing")
     if weight.numel() == 0:
         return
-    low, high = (float(extreme) for extreme in torch.aminmax(weight.detach()))
+    low, high = (float(extreme) for extreme in extremes(weight.detach()))
     if not (low == low and abs(low) != float("inf") and abs(high) != float("inf")):
         bad = int((~torch.isfinite(weight)).sum())
         raise ShapeError(

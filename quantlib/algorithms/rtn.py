@@ -9,7 +9,8 @@ from torch import Tensor
 
 from quantlib.algorithms.base import register_algorithm, validate_weight
 from quantlib.formats import get_format
-from quantlib.formats.base import Format, Search
+from quantlib.formats.base import Format
+from quantlib.formats.search import Search
 from quantlib.tensor import QuantizedTensor
 
 

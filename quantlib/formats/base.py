@@ -20,14 +20,19 @@ from torch import Tensor
 
 from quantlib.errors import FormatError, ShapeError
 from quantlib.formats import search as searching
+from quantlib.formats.acceleration import accelerator
 from quantlib.formats.block import Block
 from quantlib.formats.codecs import Codec, decode
 from quantlib.formats.effective import Effective
 from quantlib.formats.packing import granule, pack, packed_width, unpack
 from quantlib.formats.scales import DoubleQuantScale, Parts, PartSpec, Scale
+from quantlib.formats.search import Problem, Search, TorchProblem
 
 Zero = Literal["none", "integer", "minimum"]
-Search = Literal["absmax", "mse"]
+SLAB = 1 << 19
+"""Weights that torch fits or encodes at once: its temporaries (in a search eight times 4 bytes a weight) stay in the cache."""
+OWN_SLAB = 1 << 21
+"""Weights that an accelerator fits at once: it has no such temporaries, and torch's work on the grid starts less often."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class Format:
         if weight.numel() == 0:
             absmax = torch.zeros((), device=weight.device)
         else:
-            low, high = torch.aminmax(weight)
+            low, high = extremes(weight)
             absmax = torch.maximum(-low, high).abs().to(torch.float32)
         return self.scale.fit_shared(absmax, self.codec.divisor)
 
@@ -129,7 +134,7 @@ class Format:
         n, k = weight.shape
         fits = [
             self._fit_blocks(slab, None if importance is None else _rows_of(importance, start, stop), search, shared)
-            for start, stop, slab in self.slabs(weight)
+            for start, stop, slab in self.slabs(weight, SLAB if accelerator(weight.device) is None else OWN_SLAB)
         ]
         scale = torch.cat([fit.scale for fit in fits]) if fits else weight.new_zeros(self.grid(n, k), dtype=torch.float32)
         zero = _cat([fit.zero for fit in fits]) if self.zero == "integer" else None
@@ -142,7 +147,7 @@ class Format:
         # A clone, because `contiguous` leaves odd strides in dimensions of size one, and parts are viewed as bytes.
         return {name: part.clone(memory_format=torch.contiguous_format) for name, part in parts.items()}
 
-    def slabs(self, weight: Tensor, elements: int = 1 << 19) -> list[tuple[int, int, Tensor]]:
+    def slabs(self, weight: Tensor, elements: int = SLAB) -> list[tuple[int, int, Tensor]]:
         """(start, stop, weight[start:stop]) over whole block rows, about `elements` weights each: they stay in the cache."""
         n, k = weight.shape
         step = max(n, 1)
@@ -155,15 +160,26 @@ class Format:
         return weight if self.padded(k) == k else torch.nn.functional.pad(weight, (0, self.padded(k) - k))
 
     def _fit_blocks(self, slab: Tensor, importance: Tensor | None, search: Search, shared: Parts) -> Effective:
-        padded = self._pad(slab)
-        blocks = self.block.split(padded.to(torch.float32))
+        if search == "absmax":
+            importance = None
+        fits = [searching.fit(problem, search) for problem in self._problems(slab, importance, shared, search)]
+        return Effective.cat(fits).reshape(*self.grid(*slab.shape))
+
+    def _problems(self, slab: Tensor, importance: Tensor | None, shared: Parts, search: Search) -> Iterator[Problem]:
+        """The blocks of a slab, in order: at once where the device has code of its own for them, else in chunks in torch."""
+        own = accelerator(slab.device)
+        problem = None if own is None or importance is not None else own.problem(self, slab, shared, search)
+        if problem is not None:
+            yield problem
+            return
+        blocks = self.block.split(self._pad(slab).to(torch.float32)).flatten(0, 1)
         if importance is not None:
             weights = importance.to(device=slab.device, dtype=torch.float32).expand(slab.shape)
-            importance = self.block.split(self._pad(weights))
-        first = searching.initial(self, blocks, shared)
-        if self.divisors:
-            first = searching.best_divisor(self, blocks, importance if search == "mse" else None, shared, first)
-        return searching.refine(self, blocks, importance, shared, first) if search == "mse" else first
+            importance = self.block.split(self._pad(weights)).flatten(0, 1)
+        step = max(1, SLAB // max(blocks.shape[1] * self.scale.count, 1)) * self.scale.count
+        for start in range(0, max(len(blocks), 1), step):
+            chunk = None if importance is None else importance[start : start + step]
+            yield TorchProblem(self, blocks[start : start + step], chunk, shared)
 
     # encode, decode
 
@@ -195,10 +211,15 @@ class Format:
 
     def encode(self, weight: Tensor, parts: Parts) -> Tensor:
         """weight [n, k], float -> packed `codes` uint8 of the rows layout, given the fitted parts."""
-        n, k = weight.shape
         numbers = self.effective(parts)
         if isinstance(self.scale, DoubleQuantScale):
             numbers = Effective(self.scale.before_rounding(self._absmax(weight) / self.codec.divisor, parts))
+        own = accelerator(weight.device)
+        codes = None if own is None else own.encode(self, weight, numbers)
+        return self._encode(weight, numbers) if codes is None else codes
+
+    def _encode(self, weight: Tensor, numbers: Effective) -> Tensor:
+        n, k = weight.shape
         packed = torch.empty(self.specs(n, k)["codes"].shape, dtype=torch.uint8, device=weight.device)
         for start, stop, slab in self.slabs(weight):
             padded = self._pad(slab).to(torch.float32)
@@ -210,9 +231,11 @@ class Format:
         """fp32 [R, G]: the largest magnitude of every block of weight [n, k]."""
         grids = []
         for _, _, slab in self.slabs(weight):
-            low, high = torch.aminmax(self.block.split(self._pad(slab)), dim=-1)
-            grids.append(torch.maximum(-low, high).abs().to(torch.float32))
-        return torch.cat(grids) if grids else torch.zeros(self.grid(*weight.shape), device=weight.device)
+            for problem in self._problems(slab, None, {}, "absmax"):
+                low, high = problem.extremes()
+                grids.append(torch.maximum(-low, high).abs())
+        grid = self.grid(*weight.shape)
+        return torch.cat(grids).view(grid) if grids else torch.zeros(grid, device=weight.device)
 
     def decode_slabs(self, parts: Parts, n: int, k: int) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, fp32 rows start..stop of the weight [n, k]) over slabs that bound memory, from the rows layout."""
@@ -245,6 +268,13 @@ class Format:
                     f"{name}.{part}: {self.name} of [{n}, {k}] needs {spec.dtype} {list(spec.shape)}, "
                     f"found {found.dtype} {list(found.shape)}"
                 )
+
+
+def extremes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the greatest element of a tensor that is not empty, in its dtype or in fp32; NaN where it holds one."""
+    own = accelerator(weight.device)
+    found = None if own is None else own.extremes(weight)
+    return torch.aminmax(weight) if found is None else found
 
 
 def _rows_of(importance: Tensor, start: int, stop: int) -> Tensor:

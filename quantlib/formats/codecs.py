@@ -107,7 +107,7 @@ class Table:
         return max(abs(value) for value in self.entries)
 
     def encode(self, x: Tensor) -> Tensor:
-        order, midpoints = _sorted_midpoints(self.entries)
+        order, midpoints = sorted_midpoints(self.entries)
         rank = _rank(x, midpoints)
         if order != tuple(range(len(order))):
             rank = _order(order, x.device).index_select(0, rank)
@@ -115,7 +115,7 @@ class Table:
 
 
 @lru_cache(maxsize=64)
-def _sorted_midpoints(entries: tuple[float, ...]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+def sorted_midpoints(entries: tuple[float, ...]) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """The codes in order of value, and the fp32 midpoints between neighbours (a tie takes the lower value)."""
     values = torch.tensor(entries, dtype=torch.float32)
     order = torch.argsort(values, stable=True)

@@ -202,8 +202,10 @@ class E8M0Scale:
         return torch.where(codes == 255, torch.full_like(bits, 0x7FC00000), bits).view(torch.float32)
 
     def _codes(self, scale: Tensor) -> Tensor:
-        """Nearest power of two in the exponent's sense; exact for powers of two."""
-        exponent = torch.log2(scale.clamp(min=2.0**-127)).round().to(torch.int32)
+        """Nearest power of two in the exponent's sense, decided by the mantissa: no logarithm rounds near the middle."""
+        mantissa, exponent = torch.frexp(scale.clamp(min=2.0**-127))
+        # The largest fp32 number below the root of 1/2; a mantissa in [1/2, 1) above it is nearer to 1.
+        exponent = exponent - 1 + (mantissa > 0.7071067690849304).to(exponent.dtype)
         return (exponent + 127).clamp(0, 254).to(torch.uint8)
 
     def from_absmax(self, absmax: Tensor, divisor: float, shared: Parts) -> Tensor:

@@ -5,13 +5,18 @@ A fit is an `Effective`: what has been chosen per block, before the scale kind's
 The search holds on to one fact: for given codes the squared error of a block is a quadratic in its scale and minimum, and its
 coefficients are a few sums over the block (`Moments`). So every candidate is rounded to codes once, solved for the best scale
 and minimum that those codes allow, and compared by the error it has then, without a second pass over the weights.
+
+Candidates differ in the last bits of such sums, so the order of additions is part of the definition: `tree_sum`, the same on
+every device. What a device computes by itself (quantlib.formats.acceleration) adds in that order too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -31,16 +36,58 @@ FINE_FACTORS = tuple(0.84 + 0.02 * step for step in range(17))
 """What the first scale is multiplied by where any scale can be stored: few codes gain by clipping a lot, many codes don't."""
 
 LEAST_SQUARES_STEPS = 3
-CHUNK = 1 << 20
-"""Weights that the search works on at once: this bounds its temporaries (about eight of 4 bytes a weight)."""
+
+Search = Literal["absmax", "mse"]
+
+
+def tree_sum(terms: Tensor) -> Tensor:
+    """terms fp32 [..., B] -> [...]: the upper half is added to the lower one until one term is left; where B is no power of
+    two, as if zeros stood after its end. Overwrites `terms`."""
+    while (size := terms.shape[-1]) > 1:
+        half = 1 << (size - 1).bit_length() - 1
+        terms[..., : size - half] += terms[..., half:]
+        terms = terms[..., :half]
+    return terms[..., 0] if terms.shape[-1] else terms.sum(dim=-1)
+
+
+class Problem(Protocol):
+    """Blocks to fit, numbered 0..n-1. `TorchProblem` serves every format and device; a device may have a faster one."""
+
+    fmt: Format
+    shared: Parts
+
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        """fp32 [n]: the least and the greatest weight of every block, its padding included; a zero may have either sign."""
+        ...
+
+    def true_error(self, fit: Effective) -> Tensor:
+        """fp32 [n]: the (weighted) squared error of encoding and decoding with a fit."""
+        ...
+
+    def moments(self, fit: Effective) -> Moments:
+        """The sums over every block of the codes that a fit leads to."""
+        ...
+
+    def descend(self, first: Effective, candidates: Sequence[Effective], steps: int) -> Effective:
+        """Per block the best solution of `first` and the candidates, improved by `steps` further solutions."""
+        ...
+
+
+def fit(problem: Problem, search: Search) -> Effective:
+    """Scales (and zeros, minima) [n] for the problem's blocks."""
+    low, high = problem.extremes()
+    low, high = low + 0.0, high + 0.0  # a zero takes the plus sign, whatever the order of comparisons
+    first = initial(problem.fmt, low, high, problem.shared)
+    if problem.fmt.divisors:
+        first = best_divisor(problem, first, torch.maximum(-low, high))
+    return refine(problem, first, low, high) if search == "mse" else first
 
 
 # the absmax rules
 
 
-def initial(fmt: Format, blocks: Tensor, shared: Parts) -> Effective:
-    """The format's own rule, from the extremes of blocks [R, G, B]."""
-    low, high = torch.aminmax(blocks, dim=-1)
+def initial(fmt: Format, low: Tensor, high: Tensor, shared: Parts) -> Effective:
+    """The format's own rule, from the extremes of every block."""
     if fmt.zero != "none":
         return _spanning(fmt, low.clamp(max=0), high.clamp(min=0), shared)
     if fmt.rule == "fullrange":
@@ -58,28 +105,18 @@ def _spanning(fmt: Format, low: Tensor, high: Tensor, shared: Parts) -> Effectiv
     top = float((1 << fmt.codec.bits) - 1)
     scale = fmt.scale.round((high - low) / top, shared)
     if fmt.zero == "minimum":
-        return Effective(scale, minimum=-low)
+        return Effective(scale, minimum=0.0 - low)
     nonzero = torch.where(scale == 0, torch.ones_like(scale), scale)
     return Effective(scale, zero=(-low / nonzero).round().clamp(0, top))
 
 
-def best_divisor(fmt: Format, blocks: Tensor, importance: Tensor | None, shared: Parts, first: Effective) -> Effective:
+def best_divisor(problem: Problem, first: Effective, absmax: Tensor) -> Effective:
     """Per block the best of the format's divisors (four-over-six: absmax at 6 or at 4)."""
-    best, best_error = first, _true_error(fmt, blocks, importance, first)
-    absmax = blocks.abs().amax(dim=-1)
-    for divisor in fmt.divisors:
-        other = Effective(fmt.scale.from_absmax(absmax, divisor, shared))
-        error = _true_error(fmt, blocks, importance, other)
-        best, best_error = best.where(error < best_error, other), torch.minimum(error, best_error)
+    best, best_error = first, problem.true_error(first)
+    for divisor in problem.fmt.divisors:
+        other = Effective(problem.fmt.scale.from_absmax(absmax, divisor, problem.shared))
+        best, best_error = _keep_better(best, best_error, other, problem.true_error(other))
     return best
-
-
-def _true_error(fmt: Format, blocks: Tensor, importance: Tensor | None, fit: Effective) -> Tensor:
-    """The weighted squared error [R, G] of encoding and decoding with a fit."""
-    error = (fmt.decode_blocks(fmt.encode_blocks(blocks, fit), fit) - blocks).square_()
-    if importance is not None:
-        error *= importance
-    return error.sum(dim=-1)
 
 
 # the search
@@ -116,32 +153,54 @@ class Moments:
         return torch.where(minimum < 0, self.vw / self.vv, scale), minimum.clamp(min=0)
 
 
-class Problem:
-    """Blocks [n, B] to fit, with their weights of the squared error."""
+class TorchProblem:
+    """Blocks fp32 [n, B] in torch. importance [n, B] or None: the weights of the squared error."""
 
     def __init__(self, fmt: Format, blocks: Tensor, importance: Tensor | None, shared: Parts) -> None:
         self.fmt, self.blocks, self.importance, self.shared = fmt, blocks, importance, shared
-        self.weighted = blocks if importance is None else blocks * importance
-        self.ww = (self.weighted * blocks).sum(dim=-1)
-        self.w = self.one = None
-        if fmt.zero == "minimum":
-            self.w = self.weighted.sum(dim=-1)
-            self.one = torch.full_like(self.w, blocks.shape[-1]) if importance is None else importance.sum(dim=-1)
+
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        return torch.aminmax(self.blocks, dim=-1)
+
+    def true_error(self, fit: Effective) -> Tensor:
+        codes = self.fmt.encode_blocks(self.blocks, fit)
+        error = (self.fmt.decode_blocks(codes, fit) - self.blocks).square_()
+        if self.importance is not None:
+            error *= self.importance
+        return tree_sum(error)
+
+    @cached_property
+    def _weighted(self) -> Tensor:
+        return self.blocks if self.importance is None else self.blocks * self.importance
+
+    @cached_property
+    def _constant(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """ww, and for a minimum w and one: the moments that no code changes."""
+        ww = tree_sum(self._weighted * self.blocks)
+        if self.fmt.zero != "minimum":
+            return ww, None, None
+        w = tree_sum(self._weighted.clone())
+        return (
+            ww,
+            w,
+            torch.full_like(w, self.blocks.shape[-1]) if self.importance is None else tree_sum(self.importance.clone()),
+        )
 
     def moments(self, fit: Effective) -> Moments:
-        """The sums of the codes that a fit leads to."""
         inverse = torch.where(fit.scale == 0, 0.0, 1 / fit.scale)[..., None]
         x = self.blocks * inverse if fit.minimum is None else (self.blocks + fit.minimum[..., None]).mul_(inverse)
         if fit.zero is None:
             v = nearest(self.fmt.codec, x)
         else:
             v = nearest(self.fmt.codec, x.add_(fit.zero[..., None])).sub_(fit.zero[..., None])
-        vw = (v * self.weighted).sum(dim=-1)
+        ww, w, one = self._constant
+        vw = tree_sum(v * self._weighted)
         hv = v if self.importance is None else v * self.importance
-        total = None if self.w is None else hv.sum(dim=-1)
-        return Moments((hv * v).sum(dim=-1), vw, self.ww, total, self.w, self.one)
+        vv = tree_sum(hv * v)
+        total = None if w is None else tree_sum(hv)
+        return Moments(vv, vw, ww, total, w, one)
 
-    def improve(self, fit: Effective) -> tuple[Effective, Tensor]:
+    def _improve(self, fit: Effective) -> tuple[Effective, Tensor]:
         """The best scale and minimum that can be stored for the codes of a fit, and the error [n] that this leaves."""
         moments = self.moments(fit)
         scale, minimum = moments.solve()
@@ -153,34 +212,23 @@ class Problem:
         solved = Effective(scale, fit.zero, minimum)
         return fit.where(usable, solved), torch.where(usable, error, unsolved)
 
-    def true_error(self, fit: Effective) -> Tensor:
-        """The squared error [n] of encoding and decoding, not of the sums."""
-        return _true_error(self.fmt, self.blocks, self.importance, fit)
+    def descend(self, first: Effective, candidates: Sequence[Effective], steps: int) -> Effective:
+        best, best_error = self._improve(first)
+        for candidate in candidates:
+            best, best_error = _keep_better(best, best_error, *self._improve(candidate))
+        for _ in range(steps):
+            best, best_error = _keep_better(best, best_error, *self._improve(best))
+        return best
 
 
-def refine(fmt: Format, blocks: Tensor, importance: Tensor | None, shared: Parts, first: Effective) -> Effective:
-    """The least-error fit found for blocks [R, G, B], starting from `first`; never worse than `first` in any block that has a
-    scale of its own, nor in any super-block where scales share one."""
-    down, across, size = blocks.shape
-    flat, flat_importance = blocks.reshape(-1, size), None if importance is None else importance.reshape(-1, size)
-    start_fit = first.reshape(-1)
-    step = max(1, CHUNK // max(size * fmt.scale.count, 1)) * fmt.scale.count
-    fits = []
-    for start in range(0, down * across, step):
-        stop = min(start + step, down * across)
-        problem = Problem(fmt, flat[start:stop], None if flat_importance is None else flat_importance[start:stop], shared)
-        fits.append(_refine(problem, start_fit.rows(start, stop)))
-    return Effective.cat(fits).reshape(down, across) if fits else first
-
-
-def _refine(problem: Problem, first: Effective) -> Effective:
-    best, best_error = problem.improve(first)
-    for candidate in _candidates(problem, first):
-        best, best_error = _keep_better(best, best_error, *problem.improve(candidate))
-    for _ in range(LEAST_SQUARES_STEPS if problem.fmt.scale.continuous else 0):
-        best, best_error = _keep_better(best, best_error, *problem.improve(best))
-    if isinstance(problem.fmt.scale, SuperScale):
-        return _refine_super(problem, problem.fmt.scale, first, best)
+def refine(problem: Problem, first: Effective, low: Tensor, high: Tensor) -> Effective:
+    """The least-error fit found from `first` on and the extremes of every block; never worse than `first` in any block that has
+    a scale of its own, nor in any super-block where scales share one."""
+    kind = problem.fmt.scale
+    steps = LEAST_SQUARES_STEPS if kind.continuous else 0
+    best = problem.descend(first, _candidates(problem.fmt, first, low, high, problem.shared), steps)
+    if isinstance(kind, SuperScale):
+        return _refine_super(problem, kind, first, best)
     return first.where(problem.true_error(best) < problem.true_error(first), best)
 
 
@@ -188,10 +236,8 @@ def _keep_better(best: Effective, best_error: Tensor, other: Effective, error: T
     return best.where(error < best_error, other), torch.minimum(error, best_error)
 
 
-def _candidates(problem: Problem, first: Effective) -> list[Effective]:
-    fmt, shared = problem.fmt, problem.shared
+def _candidates(fmt: Format, first: Effective, low: Tensor, high: Tensor, shared: Parts) -> list[Effective]:
     if fmt.zero != "none":
-        low, high = torch.aminmax(problem.blocks, dim=-1)
         low, high = low.clamp(max=0), high.clamp(min=0)
         return [_spanning(fmt, low * below, high * above, shared) for below, above in product(SPAN_FACTORS, SPAN_FACTORS)]
     factors = FINE_FACTORS if isinstance(fmt.codec, Affine) and fmt.codec.bits > 5 else WIDE_FACTORS
