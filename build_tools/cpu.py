@@ -53,7 +53,12 @@ def units(compiler: Compiler, include: tuple[str, ...], openmp: bool, facts: dic
     ]
     has = (f"-DQUANTLIB_HAS_{isa.upper()}" for isa in built if isa != "scalar")
     compiled_by = f"-DQUANTLIB_COMPILER={json.dumps(compiler.version)}"
-    return [*kernels, unit("dispatch.cpp", "dispatch", *has), unit("bindings.cpp", "bindings", *include, compiled_by, *threads)]
+    return [
+        *kernels,
+        unit("dispatch.cpp", "dispatch", *has),
+        unit("bindings.cpp", "bindings", *include, compiled_by, *threads),
+        unit("bindings_quantize.cpp", "bindings_quantize", *include),
+    ]
 
 
 def build(target: Path, facts: dict[str, Any], python_include: list[str]) -> None:

@@ -9,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "bindings_quantize.h"
 #include "dispatch.h"
 #include "types.h"
 
@@ -193,6 +194,7 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("available_isas", &available_isas, "The sets that this build and this machine have, slowest first.");
     module.def("set_isa", &set_isa, py::arg("name"), "Choose an available set (for tests and comparisons).");
     module.def("build_info", &build_info, "What was built: isas, isa, compiler, openmp, pybind11.");
+    bind_quantize(module);
     module.attr("DTYPES") = py::cast(names(DTYPES));
     module.attr("CODECS") = py::cast(names(CODECS));
     module.attr("SCALES") = py::cast(names(SCALES));

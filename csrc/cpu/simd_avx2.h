@@ -121,4 +121,56 @@ inline Floats load_e5m2(const uint8_t* from) {
     return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(bytes), 8));
 }
 
+// Comparing and rounding, for choosing codes. Where one operand is NaN, minimum and maximum give the second.
+
+typedef Floats Mask;
+inline Ints as_ints(Floats a) { return _mm256_castps_si256(a); }
+inline Floats as_floats(Ints a) { return _mm256_castsi256_ps(a); }
+inline Ints broadcast_int(int32_t value) { return _mm256_set1_epi32(value); }
+inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+inline Ints subtract(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
+inline Ints both(Ints a, Ints b) { return _mm256_and_si256(a, b); }
+inline Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
+// The bits above come in as zeros.
+inline Ints shift_right(Ints a, int bits) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(bits)); }
+inline Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+inline Mask less(Floats a, Floats b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+inline Mask equal(Floats a, Floats b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+inline Mask less(Ints a, Ints b) { return as_floats(_mm256_cmpgt_epi32(b, a)); }
+inline Floats pick(Mask which, Floats yes, Floats no) { return _mm256_blendv_ps(no, yes, which); }
+inline Ints pick(Mask which, Ints yes, Ints no) { return as_ints(pick(which, as_floats(yes), as_floats(no))); }
+inline Floats minimum(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+inline Floats maximum(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+inline float least_lane(Floats a) {
+    __m128 half = _mm_min_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    half = _mm_min_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_min_ss(half, _mm_movehdup_ps(half)));
+}
+inline float greatest_lane(Floats a) {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
+// To the nearest integer, ties to even.
+inline Floats round_even(Floats a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// Whole numbers within int32 -> integers.
+inline Ints integer(Floats a) { return _mm256_cvttps_epi32(a); }
+// The low byte of every lane.
+inline void store_bytes(uint8_t* to, Ints a) {
+    const Ints bytes = _mm256_and_si256(a, _mm256_set1_epi32(0xFF));
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
+}
+
+// How many of 15 ascending bounds (of 16 numbers; the last is not read) lie below a number: none below NaN.
+struct Ladder {
+    const float* bounds;
+};
+inline Ladder ladder(const float* bounds) { return {bounds}; }
+inline Ints rank(Ladder l, Floats x) {
+    Ints found = _mm256_setzero_si256();
+    for (int i = 0; i < 15; ++i) found = subtract(found, as_ints(less(_mm256_broadcast_ss(l.bounds + i), x)));
+    return found;
+}
+
 }  // namespace quantlib::cpu::avx2

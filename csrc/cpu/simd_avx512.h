@@ -120,4 +120,52 @@ inline Floats load_e5m2(const uint8_t* from) {
     return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8));
 }
 
+// Comparing and rounding, for choosing codes. Where one operand is NaN, minimum and maximum give the second.
+
+typedef __mmask16 Mask;
+inline Ints as_ints(Floats a) { return _mm512_castps_si512(a); }
+inline Floats as_floats(Ints a) { return _mm512_castsi512_ps(a); }
+inline Ints broadcast_int(int32_t value) { return _mm512_set1_epi32(value); }
+inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints subtract(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+inline Ints both(Ints a, Ints b) { return _mm512_and_si512(a, b); }
+inline Mask both(Mask a, Mask b) { return _kand_mask16(a, b); }
+// The bits above come in as zeros.
+inline Ints shift_right(Ints a, int bits) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(bits)); }
+inline Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+inline Mask less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+inline Mask equal(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+inline Mask less(Ints a, Ints b) { return _mm512_cmplt_epi32_mask(a, b); }
+inline Floats pick(Mask which, Floats yes, Floats no) { return _mm512_mask_blend_ps(which, no, yes); }
+inline Ints pick(Mask which, Ints yes, Ints no) { return _mm512_mask_blend_epi32(which, no, yes); }
+inline Floats minimum(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+inline Floats maximum(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline float least_lane(Floats a) { return _mm512_reduce_min_ps(a); }
+inline float greatest_lane(Floats a) { return _mm512_reduce_max_ps(a); }
+// To the nearest integer, ties to even.
+inline Floats round_even(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// Whole numbers within int32 -> integers.
+inline Ints integer(Floats a) { return _mm512_cvttps_epi32(a); }
+// The low byte of every lane.
+inline void store_bytes(uint8_t* to, Ints a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(a));
+}
+
+// How many of 15 ascending bounds (of 16 numbers; the last is not read) lie below a number: none below NaN. A binary search, its
+// steps being look-ups: `by[s]` holds at i the bound that decides whether i becomes i + 2^s.
+struct Ladder {
+    Floats middle, by[3];
+};
+inline Ladder ladder(const float* bounds) {
+    float shifted[3][16] = {};
+    for (int s = 0; s < 3; ++s) memcpy(shifted[s], bounds + (1 << s) - 1, (17 - (1 << s)) * sizeof(float));
+    return {broadcast(bounds[7]), {load(shifted[0]), load(shifted[1]), load(shifted[2])}};
+}
+inline Ints rank(const Ladder& l, Floats x) {
+    Ints found = _mm512_maskz_set1_epi32(less(l.middle, x), 8);
+    found = _mm512_mask_add_epi32(found, less(_mm512_permutexvar_ps(found, l.by[2]), x), found, _mm512_set1_epi32(4));
+    found = _mm512_mask_add_epi32(found, less(_mm512_permutexvar_ps(found, l.by[1]), x), found, _mm512_set1_epi32(2));
+    return _mm512_mask_add_epi32(found, less(_mm512_permutexvar_ps(found, l.by[0]), x), found, _mm512_set1_epi32(1));
+}
+
 }  // namespace quantlib::cpu::avx512

@@ -137,4 +137,59 @@ inline Floats load_e5m2(const uint8_t* from) {
     return a;
 }
 
+// Comparing and rounding, for choosing codes. Where one operand is NaN, minimum and maximum give the second.
+
+typedef Ints Mask;
+inline Ints as_ints(Floats a) { return reinterpret_cast<Ints>(a); }
+inline Floats as_floats(Ints a) { return reinterpret_cast<Floats>(a); }
+inline Ints broadcast_int(int32_t value) { return Ints{value, value, value, value}; }
+inline Ints add(Ints a, Ints b) { return a + b; }
+inline Ints subtract(Ints a, Ints b) { return a - b; }
+inline Ints both(Ints a, Ints b) { return a & b; }
+// The bits above come in as zeros.
+inline Ints shift_right(Ints a, int bits) {
+    typedef uint32_t Words __attribute__((vector_size(16)));
+    return reinterpret_cast<Ints>(reinterpret_cast<Words>(a) >> uint32_t(bits));
+}
+inline Floats divide(Floats a, Floats b) { return a / b; }
+inline Mask less(Floats a, Floats b) { return a < b; }
+inline Mask equal(Floats a, Floats b) { return a == b; }
+inline Mask less(Ints a, Ints b) { return a < b; }
+inline Ints pick(Mask which, Ints yes, Ints no) { return (which & yes) | (~which & no); }
+inline Floats pick(Mask which, Floats yes, Floats no) { return as_floats(pick(which, as_ints(yes), as_ints(no))); }
+inline Floats minimum(Floats a, Floats b) { return pick(less(a, b), a, b); }
+inline Floats maximum(Floats a, Floats b) { return pick(less(b, a), a, b); }
+inline float least_lane(Floats a) {
+    const float x = a[0] < a[1] ? a[0] : a[1], y = a[2] < a[3] ? a[2] : a[3];
+    return x < y ? x : y;
+}
+inline float greatest_lane(Floats a) {
+    const float x = a[0] > a[1] ? a[0] : a[1], y = a[2] > a[3] ? a[2] : a[3];
+    return x > y ? x : y;
+}
+// To the nearest integer, ties to even. Below 2^23, adding and subtracting 2^23 rounds; the sign of a zero is put back.
+inline Floats round_even(Floats a) {
+    const Ints sign = as_ints(a) & broadcast_int(int32_t(0x80000000u));
+    const Floats magnitude = as_floats(as_ints(a) & broadcast_int(0x7FFFFFFF)), large = broadcast(0x1p23f);
+    const Floats rounded = as_floats(as_ints((magnitude + large) - large) | sign);
+    return pick(less(magnitude, large), rounded, a);
+}
+// Whole numbers within int32 -> integers.
+inline Ints integer(Floats a) { return __builtin_convertvector(a, Ints); }
+// The low byte of every lane.
+inline void store_bytes(uint8_t* to, Ints a) {
+    for (int lane = 0; lane < LANES; ++lane) to[lane] = uint8_t(a[lane]);
+}
+
+// How many of 15 ascending bounds (of 16 numbers; the last is not read) lie below a number: none below NaN.
+struct Ladder {
+    const float* bounds;
+};
+inline Ladder ladder(const float* bounds) { return {bounds}; }
+inline Ints rank(Ladder l, Floats x) {
+    Ints found = broadcast_int(0);
+    for (int i = 0; i < 15; ++i) found -= less(broadcast(l.bounds[i]), x);
+    return found;
+}
+
 }  // namespace quantlib::cpu::scalar

@@ -67,10 +67,21 @@ struct DequantizeCall {
     int threads;
 };
 
-// Both return false where scratch memory could not be had.
+// Choosing scales and codes: quantize_types.h.
+enum class Outcome;
+struct ExtremesCall;
+struct EncodeCall;
+struct SumsCall;
+struct SearchCall;
+
+// The first two return false where scratch memory could not be had.
 struct Kernels {
     bool (*linear)(const LinearCall&);
     bool (*dequantize)(const DequantizeCall&);
+    Outcome (*extremes)(const ExtremesCall&);
+    Outcome (*encode)(const EncodeCall&);
+    Outcome (*sums)(const SumsCall&);
+    Outcome (*search)(const SearchCall&);
 };
 
 }  // namespace quantlib::cpu
