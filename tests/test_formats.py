@@ -411,7 +411,7 @@ def test_quantizing_in_slabs_of_rows_is_quantizing_at_once(spec: str, search: st
     whole = quantized(fmt, weight, search=search)
     assert len(fmt.slabs(weight)) == 1
     at_once = Format.slabs
-    monkeypatch.setattr(Format, "slabs", lambda self, tensor: at_once(self, tensor, 1024))
+    monkeypatch.setattr(Format, "slabs", lambda self, tensor, elements=0: at_once(self, tensor, 1024))
     assert len(fmt.slabs(weight)) > 1 or fmt.block.rows is None
     assert_same_parts(quantized(fmt, weight, search=search), whole)
     decoded = fmt.decode(whole, 257, 130)
