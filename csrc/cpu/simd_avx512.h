@@ -1,9 +1,9 @@
-// The AVX-512 spelling (F, BW, VL, DQ): sixteen lanes.
+// The AVX-512 spelling (F, BW, VL, DQ): sixteen lanes. simd_pairs.h goes on where BF16 and VBMI are there too.
 #pragma once
 
 #include <immintrin.h>
 
-namespace quantlib::cpu::avx512 {
+namespace quantlib::cpu::QUANTLIB_ISA {
 
 constexpr int LANES = 16;
 typedef __m512 Floats;
@@ -120,4 +120,4 @@ inline Floats load_e5m2(const uint8_t* from) {
     return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 8));
 }
 
-}  // namespace quantlib::cpu::avx512
+}  // namespace quantlib::cpu::QUANTLIB_ISA

@@ -3,6 +3,7 @@
 from quantlib.kernels import (
     activations,
     cpu,
+    cpu_pairs,
     cuda_fragments,
     cuda_scaled,
     cuda_sm90,
@@ -20,6 +21,7 @@ __all__ = [
     "Problem",
     "activations",
     "cpu",
+    "cpu_pairs",
     "cuda_fragments",
     "cuda_scaled",
     "cuda_sm90",
