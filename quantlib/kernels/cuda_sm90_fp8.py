@@ -31,7 +31,7 @@ from quantlib.tensor import QuantizedTensor
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 """Of y -> the launcher's word."""
 
-PEAK_SHARE = {16: 0.12, 32: 0.25, 64: 0.4, 128: 0.6, 256: 0.7}
+PEAK_SHARE = {16: 0.12, 32: 0.25, 64: 0.45, 128: 0.7, 256: 0.85}
 """Rows of x in a block of y, beside 128 of W -> the share of the FP8 peak at which its operands come from the L2 cache
 (estimates)."""
 
