@@ -36,6 +36,7 @@ class Intent:
 INTENTS = (
     Intent("common/*"),
     Intent("sm80/*", sass="HMMA.16816", ptx="mma.sync.aligned.m16n8k16"),
+    Intent("sm90/scaled_fp8*", sass="QGMMA.64x"),
     Intent("sm90/*", sass="HGMMA.64x"),
     Intent("sm100/*fp4*", sass="UTCOMMA"),
     Intent("sm100/*", sass="UTCQMMA"),

@@ -29,7 +29,7 @@ class QuantizedTensor:
     shape: tuple[int, int]
     parts: dict[str, Tensor]
     layout: str = "rows"
-    memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def device(self) -> torch.device:

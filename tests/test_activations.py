@@ -392,7 +392,7 @@ def test_kernels_of_activations_refuse_everything_else() -> None:
     assert {kernel.name for kernel in SCALED} == {
         "triton_scaled_fp8", "triton_scaled_int8", "triton_scaled_mx", "triton_scaled_nvfp4",
         "torch_scaled_fp8", "torch_scaled_fp8_blocks", "torch_scaled_mxfp8", "torch_scaled_nvfp4",
-        "cuda_scaled_nvfp4", "cuda_scaled_mx",
+        "cuda_scaled_nvfp4", "cuda_scaled_mx", "cuda_sm90_scaled_fp8",
     }  # fmt: skip
     for kernel in SCALED:
         assert "none are asked for" in str(kernel.supports(problem(None, "fp8-e4m3", HOPPER)))

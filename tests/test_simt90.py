@@ -153,6 +153,67 @@ def test_wgmma_multiplies_by_the_manuals_fragments(probes: ModuleType, kind: str
     assert torch.equal(d, gather(w @ x[:, : 16 * steps].T + c, d_place, n // 2))
 
 
+def e4m3_product(
+    probes: ModuleType, w: torch.Tensor, x: torch.Tensor, c: torch.Tensor, steps: int = 4, add: bool = True, mistake: str = ""
+) -> torch.Tensor:
+    """c, or nothing, + w x^T of the first columns of w [64, 128] and x [N, 128] in the order of the accumulators."""
+    n = len(x)
+    a, b = w.to(torch.float8_e4m3fn).view(torch.uint8), x.to(torch.float8_e4m3fn).view(torch.uint8)
+    d = gather(c, d_place, n // 2)
+    with allowed(probes, {"a": a, "b": b}, {"d": d}):
+        maps = [probes.map_of(each.data_ptr(), len(each), 128, 128, 1, len(each), 128, True) for each in (a, b)]
+        probes.wgmma_e4m3(n, *maps, d.data_ptr(), steps, add, mistake)
+    return d
+
+
+def e4m3_matrices(n: int) -> list[torch.Tensor]:
+    """w [64, 128], x [n, 128] and c [64, n]: of whole numbers, whose sums 13 bits hold."""
+    generator = torch.Generator().manual_seed(n)
+    return [torch.randint(-4, 5, shape, generator=generator).float() for shape in ((64, 128), (n, 128), (64, n))]
+
+
+@pytest.mark.parametrize("n", [16, 32, 64, 128])
+@pytest.mark.parametrize("steps", [1, 3, 4])
+@pytest.mark.parametrize("add", [True, False])
+def test_wgmma_multiplies_e4m3_from_shared_memory(probes: ModuleType, n: int, steps: int, add: bool) -> None:
+    """The accumulators lie as for 16-bit numbers ("wgmma.mma_async.m64nNk32": D)."""
+    w, x, c = e4m3_matrices(n)
+    expected = w[:, : 32 * steps] @ x[:, : 32 * steps].T + (c if add else 0)
+    assert torch.equal(e4m3_product(probes, w, x, c, steps, add), gather(expected, d_place, n // 2))
+
+
+def test_wgmma_knows_every_number_of_e4m3(probes: ModuleType) -> None:
+    """Subnormal numbers, both zeros and NaN, each times one."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    for half in codes.split(128):
+        w, x = torch.zeros(64, 128), torch.zeros(128, 128)
+        x[:, 0], w[:, 0] = half, 1.0
+        found = e4m3_product(probes, w, x, torch.zeros(64, 128), add=False)
+        assert torch.equal(found.nan_to_num(7.0), gather(half.expand(64, 128).nan_to_num(7.0), d_place, 64))
+
+
+def test_sums_of_e4m3_keep_13_bits_after_the_point(probes: ModuleType) -> None:
+    """Of 2^13 + 1/2, and of that with the sign turned; a sum of 16-bit numbers keeps 23."""
+    w, x, c = torch.zeros(64, 128), torch.zeros(16, 128), torch.full((64, 16), 2.0**13)
+    w[:, 0], x[:, 0] = 0.5, 1.0
+    assert (e4m3_product(probes, w, x, c) == 2.0**13).all()
+    assert (e4m3_product(probes, -w, x, -c) == -(2.0**13)).all()
+    assert (e4m3_product(probes, 2 * w, x, c) == 2.0**13 + 1).all()
+
+
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        ("no wait for the copies", "bulk copy"),
+        ("A overwritten", "race: write|the A of the wgmma .* was overwritten"),
+        ("descriptors differ", "descriptors differ"),
+    ],
+)
+def test_mistakes_with_operands_in_shared_memory_are_found(probes: ModuleType, mistake: str, words: str) -> None:
+    with pytest.raises(SimtError, match=words):
+        e4m3_product(probes, *e4m3_matrices(16), mistake=mistake)
+
+
 @pytest.mark.parametrize("by_copy", [False, True])
 def test_wgmma_sees_ordinary_stores_by_fence_and_barrier(probes: ModuleType, by_copy: bool) -> None:
     ones = torch.ones(16, 64, dtype=torch.float16)

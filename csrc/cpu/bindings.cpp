@@ -53,8 +53,16 @@ void fill(float (&table)[256], const std::vector<float>& values, const char* wha
     for (size_t i = 0; i < 256; ++i) table[i] = values[i % values.size()];
 }
 
-int piece_of(int64_t block_cols) {
-    for (int piece : {32, 16, 8}) {
+uint16_t rounded_to_bfloat(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if (value != value) return uint16_t(bits >> 16 | 0x0040u);
+    return uint16_t((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
+}
+
+// The widest run of columns, up to `most`, of which a block holds a whole number.
+int piece_of(int64_t block_cols, int most) {
+    for (int piece = most; piece >= 8; piece /= 2) {
         if (block_cols % piece == 0) return piece;
     }
     throw std::invalid_argument("a block must span a multiple of 8 columns, found " + std::to_string(block_cols));
@@ -86,8 +94,10 @@ Plan make_plan(const PlanArguments& a) {
     if (a.values.size() != size_t(1) << a.bits) throw std::invalid_argument("values must hold one number per code");
     plan.offset = a.offset;
     fill(plan.values, a.values, "values");
+    for (size_t i = 0; i < 256; ++i) plan.pairs[i] = rounded_to_bfloat(plan.values[i]);
     plan.block_rows = a.block_rows, plan.block_cols = a.block_cols, plan.blocks_across = a.blocks_across;
-    plan.piece = piece_of(a.block_cols);
+    plan.piece = piece_of(a.block_cols, 32);
+    plan.span_piece = piece_of(a.block_cols, 128);
     plan.scale = parse(SCALES, a.scale);
     plan.scale_dtype = parse(DTYPES, a.scale_dtype);
     plan.super_bits = a.super_bits, plan.super_count = a.super_count, plan.super_offset = a.super_offset;
@@ -121,29 +131,33 @@ Parts make_parts(const Plan& plan, const py::dict& parts) {
             address<uint8_t>(parts, "super_minima", super && plan.has_minimum)};
 }
 
-void linear(const Plan& plan, const py::dict& parts, int64_t m, const std::string& dtype, uintptr_t x, int64_t x_row_stride,
+using Product = bool (*Kernels::*)(const LinearCall&);
+
+template <Product KERNEL>
+void linear(const Plan& plan, const Parts& parts, int64_t m, const std::string& dtype, uintptr_t x, int64_t x_row_stride,
             int64_t x_column_stride, uintptr_t bias, uintptr_t y, int threads) {
-    const LinearCall call = {&plan,         make_parts(plan, parts),
+    const LinearCall call = {&plan,         parts,
                              m,             parse(DTYPES, dtype),
                              reinterpret_cast<const void*>(x),
                              x_row_stride,  x_column_stride,
                              reinterpret_cast<const float*>(bias),
                              reinterpret_cast<void*>(y),
                              threads};
-    const Kernels& chosen = kernels();
+    const auto chosen = kernels().*KERNEL;
+    if (chosen == nullptr) throw std::invalid_argument("the instruction set " + isa() + " has no products of bf16 pairs");
     py::gil_scoped_release release;
-    if (!chosen.linear(call)) throw std::bad_alloc();
+    if (!chosen(call)) throw std::bad_alloc();
 }
 
 using Range = std::pair<int64_t, int64_t>;
 
-void dequantize(const Plan& plan, const py::dict& parts, const Range& rows, const Range& columns, const std::string& dtype,
+void dequantize(const Plan& plan, const Parts& parts, const Range& rows, const Range& columns, const std::string& dtype,
                 uintptr_t out, int threads) {
     if (rows.first < 0 || rows.second < rows.first || rows.second > plan.n) throw std::invalid_argument("rows out of range");
     if (columns.first < 0 || columns.second < columns.first || columns.second > plan.k || columns.first % 32 != 0) {
         throw std::invalid_argument("columns out of range, or not starting at a multiple of 32");
     }
-    const DequantizeCall call = {&plan,         make_parts(plan, parts), rows.first,
+    const DequantizeCall call = {&plan,         parts,          rows.first,
                                  rows.second,   columns.first,           columns.second,
                                  parse(DTYPES, dtype), reinterpret_cast<void*>(out), threads};
     const Kernels& chosen = kernels();
@@ -184,12 +198,23 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("scale"), py::arg("scale_dtype"), py::arg("super_bits"), py::arg("super_count"),
              py::arg("super_offset"), py::arg("scale_values"), py::arg("has_zero"), py::arg("has_minimum"));
 
-    module.def("linear", &linear, py::arg("plan"), py::arg("parts"), py::arg("m"), py::arg("dtype"), py::arg("x"),
-               py::arg("x_row_stride"), py::arg("x_column_stride"), py::arg("bias"), py::arg("y"), py::arg("threads"),
-               "y[m, n] = x[m, k] W^T + bias; addresses of x, bias (fp32, or 0) and y, the latter contiguous.");
+    py::class_<Parts>(module, "Parts", "Where the bytes of a weight lie: addresses by the names of its parts.")
+        .def(py::init([](const Plan& plan, const py::dict& parts) { return make_parts(plan, parts); }), py::arg("plan"),
+             py::arg("addresses"));
+
+    const auto define_product = [&](const char* name, auto function, const char* text) {
+        module.def(name, function, py::arg("plan"), py::arg("parts"), py::arg("m"), py::arg("dtype"), py::arg("x"),
+                   py::arg("x_row_stride"), py::arg("x_column_stride"), py::arg("bias"), py::arg("y"), py::arg("threads"), text);
+    };
+    define_product("linear", &linear<&Kernels::linear>,
+                   "y[m, n] = x[m, k] W^T + bias; addresses of x, bias (fp32, or 0) and y, the latter contiguous.");
+    define_product("pairs_dot", &linear<&Kernels::pairs_dot>, "The same with codes of 2 to 6 or 8 bits as bf16 numbers.");
+    define_product("pairs_tile", &linear<&Kernels::pairs_tile>, "The same for bf16 x, with weights rounded to bf16.");
+    define_product("pairs_dgrad", &linear<&Kernels::pairs_dgrad>, "y[m, k] = x[m, n] W in bf16, without a bias.");
     module.def("dequantize", &dequantize, py::arg("plan"), py::arg("parts"), py::arg("rows"), py::arg("columns"),
                py::arg("dtype"), py::arg("out"), py::arg("threads"),
                "W[rows, columns], two (start, stop), in `dtype` at the address `out`, contiguous.");
+    module.def("has_pairs", [] { return kernels().pairs_dot != nullptr; }, "Whether the set that runs multiplies bf16 pairs.");
     module.def("isa", &isa, "The instruction set that runs.");
     module.def("available_isas", &available_isas, "The sets that this build and this machine have, slowest first.");
     module.def("set_isa", &set_isa, py::arg("name"), "Choose an available set (for tests and comparisons).");

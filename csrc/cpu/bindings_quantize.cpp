@@ -125,8 +125,16 @@ void search(const Coding& coding, const WeightArguments& weight, const std::vect
     if (candidates.empty()) throw std::invalid_argument("a search needs a candidate to start from");
     std::vector<Numbers> fits;
     for (const NumberAddresses& each : candidates) fits.push_back(make_numbers(each));
-    const SearchCall call = {&coding,           make_weight(weight), fits.data(),       int64_t(fits.size()), steps, global_scale,
-                             floats(result[0]), floats(result[1]),   floats(result[2]), threads};
+    const SearchCall call = {&coding,
+                             make_weight(weight),
+                             fits.data(),
+                             int64_t(fits.size()),
+                             steps,
+                             global_scale,
+                             floats(result[0]),
+                             floats(result[1]),
+                             floats(result[2]),
+                             threads};
     const Kernels& chosen = kernels();
     py::gil_scoped_release release;
     done(chosen.search(call));

@@ -27,7 +27,7 @@ inline bool dequantize(const DequantizeCall& call) {
         const RowNumbers numbers = carve_numbers(plan, memory);
         float* decoded = memory + numbers_size(plan);
         for (int64_t i = rows * part / threads; i < rows * (part + 1) / threads; ++i) {
-            expand_row(plan, call.parts, call.row_start + i, numbers);
+            expand_row(plan, call.parts, call.row_start + i, numbers, plan.piece);
             const Row weights(plan, call.parts, call.row_start + i, numbers);
             uint8_t* to = out + i * row_bytes;
             StoreSink straight{reinterpret_cast<float*>(to)}, sink{decoded};

@@ -19,6 +19,11 @@ namespace avx512 {
 extern const Kernels kernels;
 }
 #endif
+#ifdef QUANTLIB_HAS_AVX512_BF16
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+#endif
 
 namespace {
 
@@ -27,7 +32,7 @@ struct Isa {
     const Kernels* kernels;
 };
 
-const std::vector<std::string> KNOWN = {"scalar", "avx2", "avx512"};
+const std::vector<std::string> KNOWN = {"scalar", "avx2", "avx512", "avx512_bf16"};
 
 // __builtin_cpu_supports also asks the operating system (XGETBV) whether it saves the wide registers.
 std::vector<Isa> detect() {
@@ -40,6 +45,11 @@ std::vector<Isa> detect() {
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
         found.push_back({"avx512", &avx512::kernels});
+#ifdef QUANTLIB_HAS_AVX512_BF16
+        if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi")) {
+            found.push_back({"avx512_bf16", &avx512_bf16::kernels});
+        }
+#endif
     }
 #endif
 #endif
@@ -67,7 +77,7 @@ void choose_isa() {
     if (wanted == nullptr || *wanted == '\0') return;
     const auto limit = std::find(KNOWN.begin(), KNOWN.end(), wanted);
     if (limit == KNOWN.end()) {
-        throw std::invalid_argument("QUANTLIB_CPU_ISA=" + std::string(wanted) + " is unknown: expected scalar, avx2 or avx512");
+        throw std::invalid_argument("QUANTLIB_CPU_ISA=" + std::string(wanted) + " is unknown: expected scalar, avx2, avx512 or avx512_bf16");
     }
     for (const Isa& each : available()) {
         if (std::find(KNOWN.begin(), KNOWN.end(), each.name) <= limit) current = &each;

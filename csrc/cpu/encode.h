@@ -1,8 +1,8 @@
 // Weights -> packed codes in one pass: a row is read as fp32 into the first-level cache, CHUNK columns at a time are divided by
 // their scales and rounded to codes in registers, and the codes are packed as bytes.
 //
-// Format.encode_blocks (quantlib/formats/base.py) is the law, bit by bit: x = (w + minimum) / scale, or times 1 / scale where the
-// format says so; x = 0 where the scale is 0; then x + zero.
+// Format.encode_blocks (quantlib/formats/base.py) is the law, bit by bit: x = (w + minimum) / scale, or times 1 / scale where
+// the format says so; x = 0 where the scale is 0; then x + zero.
 #pragma once
 
 #include "quantize_types.h"

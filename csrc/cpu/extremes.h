@@ -26,7 +26,9 @@ inline void take_run(const uint8_t* from, int64_t count, Extremes& found) {
     if (i == count) return;
     // The last vector, filled up with its own first number.
     uint8_t stored[LANES * SIZE];
-    for (int lane = 0; lane < LANES; ++lane) memcpy(stored + lane * SIZE, from + (i + lane < count ? i + lane : i) * SIZE, SIZE);
+    for (int lane = 0; lane < LANES; ++lane) {
+        memcpy(stored + lane * SIZE, from + (i + lane < count ? i + lane : i) * SIZE, SIZE);
+    }
     found.take(load_as<D>(stored));
 }
 

@@ -69,7 +69,7 @@ struct LinearWork {
 
     // M = 1
     inline void one_row(int64_t row, const RowNumbers& numbers) const {
-        expand_row(*call.plan, call.parts, row, numbers);
+        expand_row(*call.plan, call.parts, row, numbers, call.plan->piece);
         const Row weights(*call.plan, call.parts, row, numbers);
         DotSink sink{x, {zero(), zero()}};
         weights.decode(dot_loop, 0, columns / CHUNK, sink);
@@ -82,7 +82,7 @@ struct LinearWork {
     inline void several_rows(int64_t row, const RowNumbers* numbers, float* decoded, float* chains) const {
         const Plan& plan = *call.plan;
         memset(chains, 0, R * call.m * 2 * LANES * sizeof(float));
-        for (int r = 0; r < R; ++r) expand_row(plan, call.parts, row + r, numbers[r]);
+        for (int r = 0; r < R; ++r) expand_row(plan, call.parts, row + r, numbers[r], plan.piece);
         for (int64_t start = 0; start < columns; start += BLOCK) {
             const int64_t stop = least(start + BLOCK, columns);
             for (int r = 0; r < R; ++r) {

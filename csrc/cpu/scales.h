@@ -1,4 +1,4 @@
-// The fp32 scale, zero and minimum of one weight row, expanded to one number per piece of `plan.piece` columns, so that the
+// The fp32 scale, zero and minimum of one weight row, expanded to one number per piece of columns, so that the
 // decoding loop knows nothing of block sizes and scale kinds. Each number is computed as quantlib/formats/scales.py does.
 #pragma once
 
@@ -16,11 +16,12 @@ struct RowNumbers {
     float* blocks;  // scratch: one number per block
 };
 
-inline int64_t pieces_of(const Plan& plan) { return round_up(plan.k, CHUNK) / plan.piece; }
+// Pieces of `piece` columns, as many as whole runs of 128 columns have.
+inline int64_t pieces_of(const Plan& plan, int piece) { return round_up(plan.k, 128) / piece; }
 
 // Room for every block of a row and for every piece, with a vector to spare.
 inline int64_t row_capacity(const Plan& plan) {
-    return round_up(most(pieces_of(plan), plan.blocks_across) + CHUNK, CHUNK);
+    return round_up(most(pieces_of(plan, plan.piece), plan.blocks_across) + CHUNK, CHUNK);
 }
 
 // E4M3 codes times `factor`; `to` has a vector to spare.
@@ -66,16 +67,34 @@ inline void read_integers(int bits, const uint8_t* row, int64_t count, float* to
     }
 }
 
+// to[i] = (to[i] - offset) * units[i / COUNT], a whole number of vectors: `to` and `units` have that much room.
+template <int COUNT>
+inline void scale_supers(float* to, const float* units, int64_t count, float offset) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        const Floats unit = spread<COUNT>(units + i / CHUNK * (CHUNK / COUNT), int(i % CHUNK / LANES));
+        store(to + i, multiply(subtract(load(to + i), broadcast(offset)), unit));
+    }
+}
+
 inline void read_super(const Plan& plan, const uint8_t* codes, const uint8_t* units, int64_t block_row, float* to) {
     const int64_t across = plan.blocks_across, supers = across / plan.super_count;
     read_integers(plan.super_bits, codes + block_row * ((across * plan.super_bits + 7) / 8), across, to);
     const uint8_t* unit_row = units + block_row * supers * 2;
     for (int64_t start = 0; start < supers; start += CHUNK) {
         const int64_t count = least(CHUNK, supers - start);
-        float unit[CHUNK];
+        float unit[CHUNK] = {};
         read_numbers(DType::float16, unit_row + start * 2, count, unit);
+        float* run = to + start * plan.super_count;
+        if (plan.super_count == 8) {
+            scale_supers<8>(run, unit, count * 8, plan.super_offset);
+            continue;
+        }
+        if (plan.super_count == 16) {
+            scale_supers<16>(run, unit, count * 16, plan.super_offset);
+            continue;
+        }
         for (int64_t s = 0; s < count; ++s) {
-            float* block = to + (start + s) * plan.super_count;
+            float* block = run + s * plan.super_count;
             for (int g = 0; g < plan.super_count; ++g) block[g] = (block[g] - plan.super_offset) * unit[s];
         }
     }
@@ -108,9 +127,9 @@ inline void read_zeros(const Plan& plan, const Parts& parts, int64_t block_row, 
 }
 
 // One number per block -> one per piece; pieces beyond the last block get 0.
-inline void repeat_blocks(const Plan& plan, const float* blocks, float* pieces) {
-    const int64_t wanted = pieces_of(plan);
-    const int64_t repeats = plan.block_cols == 0 ? wanted : plan.block_cols / plan.piece;
+inline void repeat_blocks(const Plan& plan, int piece, const float* blocks, float* pieces) {
+    const int64_t wanted = pieces_of(plan, piece);
+    const int64_t repeats = plan.block_cols == 0 ? wanted : plan.block_cols / piece;
     int64_t p = 0;
     for (int64_t g = 0; g < plan.blocks_across && p < wanted; ++g) {
         for (const int64_t stop = least(p + repeats, wanted); p < stop; ++p) pieces[p] = blocks[g];
@@ -118,14 +137,17 @@ inline void repeat_blocks(const Plan& plan, const float* blocks, float* pieces) 
     for (; p < wanted; ++p) pieces[p] = 0.0f;
 }
 
-// Fill `numbers` for weight row `row`.
-inline void expand_row(const Plan& plan, const Parts& parts, int64_t row, const RowNumbers& numbers) {
+// Fill `numbers` for weight row `row`, one per `piece` columns.
+inline void expand_row(const Plan& plan, const Parts& parts, int64_t row, const RowNumbers& numbers, int piece) {
     const int64_t block_row = plan.block_rows == 0 ? 0 : row / plan.block_rows;
-    // Where a block is a piece, and blocks reach the last one, they are read in place.
-    const bool in_place = plan.block_cols == plan.piece && plan.blocks_across >= pieces_of(plan);
     const auto expand = [&](float* pieces, auto read) {
-        read(in_place ? pieces : numbers.blocks);
-        if (!in_place) repeat_blocks(plan, numbers.blocks, pieces);
+        if (plan.block_cols == piece) {
+            read(pieces);  // a block is a piece
+            for (int64_t p = plan.blocks_across; p < pieces_of(plan, piece); ++p) pieces[p] = 0.0f;
+        } else {
+            read(numbers.blocks);
+            repeat_blocks(plan, piece, numbers.blocks, pieces);
+        }
     };
     expand(numbers.scale, [&](float* to) { read_scales(plan, parts, block_row, to); });
     if (plan.has_zero) expand(numbers.zero, [&](float* to) { read_zeros(plan, parts, block_row, to); });

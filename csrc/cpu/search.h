@@ -1,6 +1,6 @@
-// The search for scales of least squared error (quantlib/formats/search.py), LANES blocks at a time, one block to a lane: a tile
-// holds element j of all of them in one vector. So sums over a block need no sum across lanes, and what follows them (solving for
-// a scale, rounding it, comparing errors) is done for LANES blocks at once.
+// The search for scales of least squared error (quantlib/formats/search.py), LANES blocks at a time, one block to a lane: a
+// tile holds element j of all of them in one vector. So sums over a block need no sum across lanes, and what follows them
+// (solving for a scale, rounding it, comparing errors) is done for LANES blocks at once.
 //
 //     tile[j] = | element j of block 0 | of block 1 | ... |       j = 0 .. B-1, B a power of two, at least 8
 //
@@ -28,8 +28,8 @@ inline Sums<COUNT> add(const Sums<COUNT>& a, const Sums<COUNT>& b) {
 }
 
 // The sum of term(0) .. term(size - 1), the upper half added to the lower one until one is left. Read from its root, that tree
-// is T(j, s) = T(j, 2s) + T(j + s, 2s) with T(0, 1) at the root and terms where s = size: eight terms that lie size / 8 apart make
-// a subtree, and finished subtrees wait on a stack for the one that they are added to.
+// is T(j, s) = T(j, 2s) + T(j + s, 2s) with T(0, 1) at the root and terms where s = size: eight terms that lie size / 8 apart
+// make a subtree, and finished subtrees wait on a stack for the one that they are added to.
 template <int COUNT, class Term>
 inline Sums<COUNT> tree_sum(int64_t size, const Term& term) {
     const int64_t step = size / 8;
@@ -78,19 +78,20 @@ inline void keep_better(Solution& best, const Solution& other) {
     best.error = least_or_nan(other.error, best.error);
 }
 
-enum class Shift { none, zero, minimum };
+// What a format has besides its scales.
+enum class Grid { none, zero, minimum };
 
-template <class Rounding, Shift SHIFT>
+template <class Rounding, Grid GRID>
 class Lanes {
   public:
-    static constexpr int SUMS = SHIFT == Shift::minimum ? 3 : 2;
+    static constexpr int SUMS = GRID == Grid::minimum ? 3 : 2;
     struct Moments {
         Floats vv, vw, v;
     };
 
     // `tile`: `size` vectors.
-    Lanes(const Coding& coding, int64_t size, const float* tile) : rounding_(coding), reciprocal_(coding.reciprocal), size_(size),
-                                                                     tile_(tile) {}
+    Lanes(const Coding& coding, int64_t size, const float* tile)
+        : rounding_(coding), reciprocal_(coding.reciprocal), size_(size), tile_(tile) {}
 
     // Sums that no code changes: once per tile.
     inline void start() {
@@ -107,14 +108,14 @@ class Lanes {
         const Sums<SUMS> sums = tree_sum<SUMS>(size_, [&](int64_t j) {
             const Floats own = weight(j);
             Floats x = own;
-            if constexpr (SHIFT == Shift::minimum) x = add(x, fit.minimum);
+            if constexpr (GRID == Grid::minimum) x = add(x, fit.minimum);
             x = multiply(x, inverse);
-            if constexpr (SHIFT == Shift::zero) x = add(x, fit.zero);
+            if constexpr (GRID == Grid::zero) x = add(x, fit.zero);
             Floats v = rounding_.value(x);
-            if constexpr (SHIFT == Shift::zero) v = subtract(v, fit.zero);
+            if constexpr (GRID == Grid::zero) v = subtract(v, fit.zero);
             Sums<SUMS> terms;
             terms.at[0] = multiply(v, v), terms.at[1] = multiply(v, own);
-            if constexpr (SHIFT == Shift::minimum) terms.at[2] = v;
+            if constexpr (GRID == Grid::minimum) terms.at[2] = v;
             return terms;
         });
         return {sums.at[0], sums.at[1], sums.at[SUMS - 1]};
@@ -124,7 +125,7 @@ class Lanes {
     inline Solution improve(const Fit& fit, const ScaleRounding& round) const {
         const Moments m = moments(fit);
         Fit solved = {divide(m.vw, m.vv), fit.zero, fit.minimum};
-        if constexpr (SHIFT == Shift::minimum) {
+        if constexpr (GRID == Grid::minimum) {
             const Floats one = broadcast(float(size_));
             const Floats determinant = subtract(multiply(one, m.vv), multiply(m.v, m.v));
             const Floats scale = divide(subtract(multiply(one, m.vw), multiply(m.v, w)), determinant);
@@ -145,13 +146,13 @@ class Lanes {
         const Floats inverse = divide(broadcast(1.0f), maximum(broadcast(1e-38f), nonzero));
         return tree_sum<1>(size_, [&](int64_t j) {
                    Floats x = weight(j);
-                   if constexpr (SHIFT == Shift::minimum) x = add(x, fit.minimum);
+                   if constexpr (GRID == Grid::minimum) x = add(x, fit.minimum);
                    x = pick(empty, zero(), reciprocal_ ? multiply(x, inverse) : divide(x, nonzero));
-                   if constexpr (SHIFT == Shift::zero) x = add(x, fit.zero);
+                   if constexpr (GRID == Grid::zero) x = add(x, fit.zero);
                    Floats v = rounding_.value(x);
-                   if constexpr (SHIFT == Shift::zero) v = subtract(v, fit.zero);
+                   if constexpr (GRID == Grid::zero) v = subtract(v, fit.zero);
                    v = multiply(v, fit.scale);
-                   if constexpr (SHIFT == Shift::minimum) v = subtract(v, fit.minimum);
+                   if constexpr (GRID == Grid::minimum) v = subtract(v, fit.minimum);
                    const Floats difference = subtract(v, weight(j));
                    return Sums<1>{{multiply(difference, difference)}};
                }).at[0];
@@ -169,7 +170,7 @@ class Lanes {
         const Floats two = broadcast(2.0f);
         const Floats linear = multiply(multiply(two, fit.scale), m.vw);
         const Floats error = add(subtract(ww, linear), multiply(multiply(fit.scale, fit.scale), m.vv));
-        if constexpr (SHIFT != Shift::minimum) return error;
+        if constexpr (GRID != Grid::minimum) return error;
         const Floats cross = multiply(multiply(two, fit.minimum), subtract(w, multiply(fit.scale, m.v)));
         return add(add(error, cross), multiply(multiply(fit.minimum, fit.minimum), broadcast(float(size_))));
     }
@@ -224,7 +225,7 @@ struct Tiles {
 };
 
 // Runs body(lanes, first) for every LANES blocks of a weight; threads split them.
-template <class Rounding, Shift SHIFT, class Body>
+template <class Rounding, Grid GRID, class Body>
 Outcome for_tiles(const Coding& coding, const Weight& weight, int64_t work, int threads, const Body& body) {
     const Tiles tiles(coding, weight);
     const int64_t groups = round_up(tiles.count, LANES) / LANES, floats = round_up(tiles.floats(), CHUNK);
@@ -234,7 +235,7 @@ Outcome for_tiles(const Coding& coding, const Weight& weight, int64_t work, int 
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int part = 0; part < threads; ++part) {
         float* tile = scratch.floats + part * floats;
-        Lanes<Rounding, SHIFT> lanes(coding, tiles.size, tile);
+        Lanes<Rounding, GRID> lanes(coding, tiles.size, tile);
         for (int64_t g = groups * part / threads; g < groups * (part + 1) / threads; ++g) {
             tiles.read(g * LANES, tile, tile + tiles.size * LANES);
             body(tiles, lanes, g * LANES);
@@ -281,18 +282,18 @@ struct SumsBody {
 };
 
 template <class Rounding, class Body>
-Outcome for_shift(const Coding& coding, const Weight& weight, int64_t work, int threads, const Body& body) {
-    if (coding.has_minimum) return for_tiles<Rounding, Shift::minimum>(coding, weight, work, threads, body);
-    if (coding.has_zero) return for_tiles<Rounding, Shift::zero>(coding, weight, work, threads, body);
-    return for_tiles<Rounding, Shift::none>(coding, weight, work, threads, body);
+Outcome for_grid(const Coding& coding, const Weight& weight, int64_t work, int threads, const Body& body) {
+    if (coding.has_minimum) return for_tiles<Rounding, Grid::minimum>(coding, weight, work, threads, body);
+    if (coding.has_zero) return for_tiles<Rounding, Grid::zero>(coding, weight, work, threads, body);
+    return for_tiles<Rounding, Grid::none>(coding, weight, work, threads, body);
 }
 
 template <class Body>
 Outcome for_coding(const Coding& coding, const Weight& weight, int64_t work, int threads, const Body& body) {
     switch (coding.rounding) {
-        case RoundingKind::affine: return for_shift<AffineRounding>(coding, weight, work, threads, body);
-        case RoundingKind::table: return for_shift<TableRounding>(coding, weight, work, threads, body);
-        default: return for_shift<MinifloatRounding>(coding, weight, work, threads, body);
+        case RoundingKind::affine: return for_grid<AffineRounding>(coding, weight, work, threads, body);
+        case RoundingKind::table: return for_grid<TableRounding>(coding, weight, work, threads, body);
+        default: return for_grid<MinifloatRounding>(coding, weight, work, threads, body);
     }
 }
 

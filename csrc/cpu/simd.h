@@ -1,5 +1,5 @@
 // One vocabulary of vectors, three spellings. QUANTLIB_ISA_LEVEL (set by setup.py per object file) picks one, and each gets a
-// namespace of its own: the kernels above are written once and compiled three times into one library.
+// namespace of its own: the kernels above are written once and compiled for every set into one library.
 //
 // Rule for every header below: no standard-library templates and no function outside the namespace. An inline function that is
 // shared between object files is kept once by the linker, maybe the AVX-512 copy, and would crash a machine without AVX-512.
@@ -11,7 +11,10 @@
 
 #include "types.h"
 
-#if QUANTLIB_ISA_LEVEL == 2
+#if QUANTLIB_ISA_LEVEL == 3
+#define QUANTLIB_ISA avx512_bf16
+#include "simd_avx512.h"
+#elif QUANTLIB_ISA_LEVEL == 2
 #define QUANTLIB_ISA avx512
 #include "simd_avx512.h"
 #elif QUANTLIB_ISA_LEVEL == 1

@@ -1,9 +1,9 @@
-// The AVX-512 spelling (F, BW, VL, DQ): sixteen lanes.
+// The AVX-512 spelling (F, BW, VL, DQ): sixteen lanes. simd_pairs.h goes on where BF16 and VBMI are there too.
 #pragma once
 
 #include <immintrin.h>
 
-namespace quantlib::cpu::avx512 {
+namespace quantlib::cpu::QUANTLIB_ISA {
 
 constexpr int LANES = 16;
 typedef __m512 Floats;
@@ -151,8 +151,8 @@ inline void store_bytes(uint8_t* to, Ints a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(a));
 }
 
-// How many of 15 ascending bounds (of 16 numbers; the last is not read) lie below a number: none below NaN. A binary search, its
-// steps being look-ups: `by[s]` holds at i the bound that decides whether i becomes i + 2^s.
+// How many of 15 ascending bounds (of 16 numbers; the last decides nothing) lie below a number: none below NaN. A binary search
+// whose steps are look-ups: `by[s]` holds at i the bound that decides whether i becomes i + 2^s.
 struct Ladder {
     Floats middle, by[3];
 };
@@ -168,4 +168,4 @@ inline Ints rank(const Ladder& l, Floats x) {
     return _mm512_mask_add_epi32(found, less(_mm512_permutexvar_ps(found, l.by[0]), x), found, _mm512_set1_epi32(1));
 }
 
-}  // namespace quantlib::cpu::avx512
+}  // namespace quantlib::cpu::QUANTLIB_ISA

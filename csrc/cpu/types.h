@@ -19,10 +19,12 @@ struct Plan {
     CodecKind codec;
     float offset;       // affine: value = code - offset
     float values[256];  // the value of every code; entries beyond 2^bits repeat, so that an index needs no mask
+    uint16_t pairs[256];  // the same, rounded to bf16
 
     int64_t block_rows, block_cols;  // weights that share a scale; 0: the whole dimension
     int64_t blocks_across;
     int piece;  // 32, 16 or 8: the widest run of columns that starts at a multiple of itself and lies inside one block
+    int span_piece;  // the same, up to 128
 
     ScaleKind scale;
     DType scale_dtype;  // number: of scales and minima
@@ -74,9 +76,13 @@ struct EncodeCall;
 struct SumsCall;
 struct SearchCall;
 
-// The first two return false where scratch memory could not be had.
+// Those that return bool return false where scratch memory could not be had. Those with `pairs` are null where an instruction
+// set has no products of bf16 pairs.
 struct Kernels {
     bool (*linear)(const LinearCall&);
+    bool (*pairs_dot)(const LinearCall&);
+    bool (*pairs_tile)(const LinearCall&);
+    bool (*pairs_dgrad)(const LinearCall&);  // x is dY [m, n], y is dX [m, k]
     bool (*dequantize)(const DequantizeCall&);
     Outcome (*extremes)(const ExtremesCall&);
     Outcome (*encode)(const EncodeCall&);

@@ -29,6 +29,19 @@ inline float widen(Kind kind, uint16_t bits) {
     return float(std::bit_cast<_Float16>(bits));
 }
 
+// A number of E4M3, whose bias is 7; it has no infinities.
+inline float widen_e4m3(uint8_t code) {
+    const int exponent = code >> 3 & 15, mantissa = code & 7;
+    if ((code & 0x7F) == 0x7F) return std::bit_cast<float>(0x7FFFFFFFu);
+    const float magnitude = exponent == 0 ? std::ldexp(float(mantissa), -9) : std::ldexp(float(8 + mantissa), exponent - 10);
+    return (code & 0x80) != 0 ? -magnitude : magnitude;
+}
+
+// The number without what lies below 13 bits after its point.
+inline float cut_to_13(double value) {
+    return float(std::bit_cast<double>(std::bit_cast<uint64_t>(value) >> 39 << 39));
+}
+
 // The nearest 16-bit number, ties to even.
 inline uint16_t narrow(Kind kind, double value) {
     const int digits = kind == Kind::half ? 11 : 8, smallest = kind == Kind::half ? -14 : -126;

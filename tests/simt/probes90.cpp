@@ -3,6 +3,7 @@
 
 #include "bind.h"
 #include "ptx90.h"
+#include "sm90/wgmma_e4m3.h"
 
 using namespace quantlib::cuda;
 namespace py = pybind11;
@@ -98,6 +99,54 @@ void wgmma_for(int n, const TensorMap& map, uintptr_t a, uintptr_t d, int steps)
 
 void wgmma(bool half, int n, const TensorMap& map, uintptr_t a, uintptr_t d, int steps) {
     half ? wgmma_for<Half>(n, map, a, d, steps) : wgmma_for<Bf16>(n, map, a, d, steps);
+}
+
+// d[128][N / 2] += A B^T, or = where not `add`: A [64][128] and B [N][128] of E4M3 by tensor copies, the first 32 columns times
+// `steps` of them.
+template <int N>
+void wgmma_e4m3_kernel(const TensorMap& a, const TensorMap& b, float* d, int steps, bool add, const std::string& mistake) {
+    const auto is = [&](const char* name) { return mistake == name; };
+    std::byte *a_tile = shared_memory(), *b_tile = a_tile + 64 * 128;
+    Barrier* full = reinterpret_cast<Barrier*>(b_tile + N * 128);
+    if (thread() == 0) {
+        barrier_init(full, 1);
+        barrier_init_fence();
+    }
+    sync_threads();
+    if (thread() == 0) {
+        barrier_expect(full, (64 + N) * 128);
+        copy_tensor(a_tile, a, 0, 0, full);
+        copy_tensor(b_tile, b, 0, 0, full);
+    }
+    if (!is("no wait for the copies")) barrier_wait(full, 0);
+    float sums[N / 2];
+    for (int i = 0; i < N / 2; ++i) sums[i] = load_global<float>(d + thread() * (N / 2) + i);
+    const uint64_t a_first = wgmma_descriptor(is("descriptors differ") ? a_tile + 1024 * (thread() / 64) : a_tile);
+    const uint64_t b_first = wgmma_descriptor(b_tile);
+    wgmma_hold(sums);
+    wgmma_fence();
+    for (int k = 0; k < steps; ++k) {
+        const uint64_t a_step = wgmma_advance<1>(a_first, 32 * k), b_step = wgmma_advance<1>(b_first, 32 * k);
+        if (k == 0 && !add) {
+            wgmma_e4m3<false, N>(sums, a_step, b_step);
+        } else {
+            wgmma_e4m3<true, N>(sums, a_step, b_step);
+        }
+    }
+    wgmma_commit();
+    if (is("A overwritten") && thread() == 5) store_shared(a_tile + 4 * thread(), uint32_t(0));
+    wgmma_wait<0>();
+    wgmma_hold(sums);
+    for (int i = 0; i < N / 2; ++i) store_global(d + thread() * (N / 2) + i, sums[i]);
+}
+
+void wgmma_e4m3_for(int n, const TensorMap& a, const TensorMap& b, uintptr_t d, int steps, bool add,
+                    const std::string& mistake) {
+    const auto kernel = n == 16   ? wgmma_e4m3_kernel<16>
+                        : n == 32 ? wgmma_e4m3_kernel<32>
+                        : n == 64 ? wgmma_e4m3_kernel<64>
+                                  : wgmma_e4m3_kernel<128>;
+    simt::launch({}, 128, (64 + n) * 128 + 8, [&] { kernel(a, b, pointer<float>(d), steps, add, mistake); });
 }
 
 // y[128 G][N] = w[K / 16][128 G][4] x[N][K]^T with G consumer warpgroups and one producer warp, three stages of 64 columns.
@@ -247,6 +296,7 @@ PYBIND11_MODULE(simt_probes90, m) {
     m.def("tensor_copy", &tensor_copy);
     m.def("bulk_copy", &bulk_copy);
     m.def("wgmma", &wgmma);
+    m.def("wgmma_e4m3", &wgmma_e4m3_for);
     m.def("pipeline", &pipeline);
     m.def("stored_b", &stored_b);
     m.def("two_groups", &two_groups);

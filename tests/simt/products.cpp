@@ -1,6 +1,7 @@
 #include "products.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "shared.h"
 #include "simt90.h"
@@ -10,8 +11,8 @@ namespace simt {
 Products products;
 namespace {
 
-constexpr int ROWS = 16, DEPTH = 16;           // of one warp's part
-constexpr size_t COLUMN_BYTES = DEPTH * 2;     // of B
+constexpr int ROWS = 16, MOST_DEPTH = 32;      // of one warp's part
+constexpr size_t ROW_BYTES = 32;               // of a step along K, whatever the numbers are
 constexpr uint32_t POISON_BITS = 0xFFFFDEAD;   // a NaN: sums look so until they are waited for
 
 bool poisoned(const float* d, size_t count) {
@@ -20,10 +21,52 @@ bool poisoned(const float* d, size_t count) {
 
 std::array<uint32_t, 4> contents(const uint32_t* a) { return {a[0], a[1], a[2], a[3]}; }
 
-// Where piece `piece` of 8 numbers of column n lies, by the descriptor.
-const std::byte* column_piece(uint64_t descriptor, int n, int piece) {
+// Where piece `piece` of 16 bytes of row n lies, by the descriptor.
+const std::byte* row_piece(uint64_t descriptor, int n, int piece) {
     const uint64_t start = (descriptor & 0x3FFF) << 4, stride = (descriptor >> 32 & 0x3FFF) << 4;
     return machine.shared + swizzle(start + n / 8 * stride + n % 8 * 128 + 16 * piece, true);
+}
+
+// Calls function(piece in shared memory, its place among the rows' bytes) for all of an operand's rows.
+template <class Function>
+void for_pieces(const Products::Rows& rows, Function function) {
+    for (int n = 0; n < rows.count; ++n) {
+        for (int piece = 0; piece < 2; ++piece) {
+            function(row_piece(rows.descriptor, rows.first + n, piece), n * ROW_BYTES + 16 * piece);
+        }
+    }
+}
+
+// As the warp of thread `first` reads them now.
+Products::Rows read_rows(const char* name, uint64_t descriptor, int first_row, int count, int first, Site site) {
+    Products::Rows rows = {name, descriptor, first_row, count, std::vector<std::byte>(count * ROW_BYTES)};
+    for_pieces(rows, [&](const std::byte* from, size_t place) {
+        shared.check_async_read(first, from, site);
+        memcpy(rows.bytes.data() + place, from, 16);
+    });
+    return rows;
+}
+
+int depth_of(Products::Element element) { return element == Products::Element::e4m3 ? 32 : 16; }
+
+std::array<float, 256> all_of_e4m3() {
+    std::array<float, 256> numbers;
+    for (int code = 0; code < 256; ++code) numbers[code] = widen_e4m3(uint8_t(code));
+    return numbers;
+}
+
+// The numbers of one row.
+void widen_row(Products::Element element, const std::byte* row, float (&to)[MOST_DEPTH]) {
+    static const std::array<float, 256> E4M3 = all_of_e4m3();
+    for (int k = 0; k < depth_of(element); ++k) {
+        if (element == Products::Element::e4m3) {
+            to[k] = E4M3[uint8_t(row[k])];
+        } else {
+            uint16_t bits;
+            memcpy(&bits, row + 2 * k, sizeof(bits));
+            to[k] = widen(element == Products::Element::half ? Kind::half : Kind::bf16, bits);
+        }
+    }
 }
 
 void check_descriptor(uint64_t descriptor, int thread, Site site) {
@@ -39,29 +82,23 @@ void check_descriptor(uint64_t descriptor, int thread, Site site) {
     }
 }
 
-// The 128 threads agree on B; each warp multiplies its 16 rows.
+// The 128 threads agree on what lies in shared memory; each warp multiplies its 16 rows.
 void start_for_warpgroup(void* const* arguments) {
     const auto issue = [&](int t) { return static_cast<const Products::Issue*>(arguments[t]); };
     const int first = machine.thread - machine.thread % WARPGROUP;
     const Products::Issue& any = *issue(0);
-    check_descriptor(any.descriptor, first, any.site);
+    check_descriptor(any.b_descriptor, first, any.site);
+    if (any.a == nullptr) check_descriptor(any.a_descriptor, first, any.site);
     for (int t = 1; t < WARPGROUP; ++t) {
-        if (issue(t)->descriptor != any.descriptor) fail(first + t, any.site, "wgmma: the warpgroup's descriptors differ");
-    }
-    std::vector<std::byte> b(any.columns * COLUMN_BYTES);
-    for (int w = 0; w < WARPGROUP / WARP; ++w) {
-        for (int n = 0; n < any.columns; ++n) {
-            for (int piece = 0; piece < 2; ++piece) {
-                const std::byte* from = column_piece(any.descriptor, n, piece);
-                shared.check_async_read(first + w * WARP, from, any.site);
-                memcpy(b.data() + n * COLUMN_BYTES + 16 * piece, from, 16);
-            }
-        }
+        if (issue(t)->b_descriptor == any.b_descriptor && issue(t)->a_descriptor == any.a_descriptor) continue;
+        fail(first + t, any.site, "wgmma: the warpgroup's descriptors differ");
     }
     for (int w = 0; w < WARPGROUP / WARP; ++w) {
         const Products::Issue* lanes[WARP];
         for (int l = 0; l < WARP; ++l) lanes[l] = issue(w * WARP + l);
-        products.start(first / WARP + w, lanes, b);
+        const int thread = first + w * WARP, rows = any.a == nullptr ? ROWS : 0;
+        products.start(thread / WARP, lanes, read_rows("A", any.a_descriptor, w * ROWS, rows, thread, any.site),
+                       read_rows("B", any.b_descriptor, 0, any.columns, thread, any.site));
     }
 }
 
@@ -84,48 +121,57 @@ void Products::commit(int warp) {
     warps_[warp].fenced = false;
 }
 
-void Products::start(int warp, const Issue* const (&lanes)[WARP], const std::vector<std::byte>& b) {
+// A lane's registers as they are now; its sums are from now on for nobody to touch.
+Products::Lane Products::start_lane(int warp, int l, const Issue& issue) {
     WarpState& state = warps_[warp];
-    const Issue& any = *lanes[0];
-    const int first = warp * WARP, count = any.columns / 2;
-    if (!state.fenced) fail(first, any.site, "wgmma without a wgmma_fence since the last wgmma_commit or wgmma_wait");
-    Started started{state.groups, any.descriptor, any.columns, b, {}, any.site};
-    float a[ROWS][DEPTH];
-    for (int l = 0; l < WARP; ++l) {
-        const Issue& issue = *lanes[l];
-        Lane& lane = started.lanes[l];
-        lane.d = issue.d, lane.a = issue.a, lane.held = contents(issue.a);
+    const int thread = warp * WARP + l, count = issue.columns / 2;
+    Lane lane = {issue.d, issue.a, {}, {}};
+    if (issue.a != nullptr) {
+        lane.held = contents(issue.a);
         const auto known = state.at_fence.find(issue.a);
         if (known != state.at_fence.end() && known->second != lane.held) {
-            fail(first + l, issue.site, "A registers of wgmma were written after the wgmma_fence");
+            fail(thread, issue.site, "A registers of wgmma were written after the wgmma_fence");
         }
         state.at_fence[issue.a] = lane.held;
-        const auto before = std::find_if(state.started.rbegin(), state.started.rend(),
-                                         [&](const Started& each) { return each.lanes[l].d == issue.d; });
-        if (before == state.started.rend()) {
-            lane.sums.assign(issue.d, issue.d + count);
-        } else {
-            if (!poisoned(issue.d, count)) fail(first + l, any.site, "the sums of a wgmma were touched before its wgmma_wait");
-            lane.sums = before->lanes[l].sums;
+    }
+    const auto before = std::find_if(state.started.rbegin(), state.started.rend(),
+                                     [&](const Started& each) { return each.lanes[l].d == issue.d; });
+    if (before == state.started.rend()) {
+        lane.sums.assign(issue.d, issue.d + count);
+    } else {
+        if (!poisoned(issue.d, count)) fail(thread, issue.site, "the sums of a wgmma were touched before its wgmma_wait");
+        lane.sums = before->lanes[l].sums;
+    }
+    std::fill_n(issue.d, count, same_bits<float>(POISON_BITS));
+    return lane;
+}
+
+void Products::start(int warp, const Issue* const (&lanes)[WARP], Rows a_rows, Rows b_rows) {
+    WarpState& state = warps_[warp];
+    const Issue& any = *lanes[0];
+    const bool eight_bits = any.element == Element::e4m3;
+    if (!state.fenced) fail(warp * WARP, any.site, "wgmma without a wgmma_fence since the last wgmma_commit or wgmma_wait");
+    Started started{state.groups, std::move(a_rows), std::move(b_rows), {}, any.site};
+    for (int l = 0; l < WARP; ++l) started.lanes[l] = start_lane(warp, l, *lanes[l]);
+    float a[ROWS][MOST_DEPTH];
+    for (int m = 0; m < ROWS; ++m) {
+        if (any.a == nullptr) {
+            widen_row(any.element, started.a.bytes.data() + m * ROW_BYTES, a[m]);
+            continue;
         }
-        std::fill_n(issue.d, count, same_bits<float>(POISON_BITS));
-        for (int i = 0; i < 4; ++i) {
-            float* pair = &a[l / 4 + i % 2 * 8][l % 4 * 2 + i / 2 * 8];
-            pair[0] = widen(any.kind, uint16_t(lane.held[i])), pair[1] = widen(any.kind, uint16_t(lane.held[i] >> 16));
-        }
+        // Lane 4 r + q holds columns 2 q, 2 q + 1 of rows r and r + 8, and the same eight columns further.
+        uint32_t words[8];
+        for (int i = 0; i < 8; ++i) words[i] = started.lanes[m % 8 * 4 + i % 4].held[i / 4 * 2 + m / 8];
+        widen_row(any.element, reinterpret_cast<const std::byte*>(words), a[m]);
     }
     for (int n = 0; n < any.columns; ++n) {
-        float column[DEPTH];
-        for (int k = 0; k < DEPTH; ++k) {
-            uint16_t bits;
-            memcpy(&bits, b.data() + n * COLUMN_BYTES + 2 * k, sizeof(bits));
-            column[k] = widen(any.kind, bits);
-        }
+        float column[MOST_DEPTH];
+        widen_row(any.element, started.b.bytes.data() + n * ROW_BYTES, column);
         for (int m = 0; m < ROWS; ++m) {
             float& held = started.lanes[m % 8 * 4 + n % 8 / 2].sums[n / 8 * 4 + m / 8 * 2 + n % 2];
             double sum = held;
-            for (int k = 0; k < DEPTH; ++k) sum += double(a[m][k]) * double(column[k]);
-            held = float(sum);
+            for (int k = 0; k < depth_of(any.element); ++k) sum += double(a[m][k]) * double(column[k]);
+            held = eight_bits ? cut_to_13(sum) : float(sum);
         }
     }
     state.started.push_back(std::move(started));
@@ -145,18 +191,17 @@ void Products::finish(int warp, size_t index, Site site) {
     const Started& self = state.started[index];
     const int first = warp * WARP;
     const unsigned line = self.site.line();
-    for (int n = 0; n < self.columns; ++n) {
-        for (int piece = 0; piece < 2; ++piece) {
-            const std::byte* from = column_piece(self.descriptor, n, piece);
+    for (const Rows* rows : {&self.a, &self.b}) {
+        for_pieces(*rows, [&](const std::byte* from, size_t place) {
             shared.check_async_read(first, from, site);
-            if (memcmp(from, self.b.data() + n * COLUMN_BYTES + 16 * piece, 16) == 0) continue;
-            fail(first, site, "the B of the wgmma at line %u was overwritten before its wgmma_wait, shared byte %u", line,
-                 shared.offset(from));
-        }
+            if (memcmp(from, rows->bytes.data() + place, 16) == 0) return;
+            fail(first, site, "the %s of the wgmma at line %u was overwritten before its wgmma_wait, shared byte %u",
+                 rows->name, line, shared.offset(from));
+        });
     }
     for (int l = 0; l < WARP; ++l) {
         const Lane& lane = self.lanes[l];
-        if (contents(lane.a) != lane.held) {
+        if (lane.a != nullptr && contents(lane.a) != lane.held) {
             fail(first + l, site, "the A registers of the wgmma at line %u were written, or ended, before its wgmma_wait",
                  line);
         }
@@ -175,7 +220,13 @@ void Products::finish(int warp, size_t index, Site site) {
 uint64_t shared_offset(const void* pointer) { return shared.offset(pointer); }
 
 void wgmma(Kind kind, int columns, float* d, const uint32_t* a, uint64_t descriptor, Site site) {
-    Products::Issue self = {kind, columns, d, a, descriptor, site};
+    const Products::Element element = kind == Kind::half ? Products::Element::half : Products::Element::bf16;
+    Products::Issue self = {element, columns, d, a, 0, descriptor, site};
+    warpgroup_collective("wgmma", site, &self, start_for_warpgroup);
+}
+
+void wgmma_e4m3(int columns, float* d, uint64_t a, uint64_t b, Site site) {
+    Products::Issue self = {Products::Element::e4m3, columns, d, nullptr, a, b, site};
     warpgroup_collective("wgmma", site, &self, start_for_warpgroup);
 }
 
@@ -196,7 +247,7 @@ void wgmma_wait(int last, Site site) {
     collective("wgmma_wait", site, &self, [](void* const* lanes) {
         const Wait& wait = *static_cast<Wait*>(lanes[0]);
         products.wait(machine.thread / WARP, wait.last, wait.site);
-        // The warp's reads of B are over for all of its lanes: any of them may say so to whoever fills the stage again.
+        // The warp's reads of A and B are over for all of its lanes: any of them may say so to whoever fills the stage again.
         shared.order_warp(machine.thread / WARP);
     });
 }

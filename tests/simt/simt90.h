@@ -28,6 +28,7 @@ void wgmma_fence(Site site);
 void wgmma_commit(Site site);
 void wgmma_wait(int last, Site site);
 void wgmma(Kind kind, int columns, float* d, const uint32_t* a, uint64_t descriptor, Site site);
+void wgmma_e4m3(int columns, float* d, uint64_t a, uint64_t b, Site site);
 
 bool elect(Site site);
 

@@ -12,6 +12,8 @@
 
 #ifdef QUANTLIB_SIMT
 #include "simt90.h"
+#else
+#include "wgmma_operands.h"
 #endif
 
 namespace quantlib::cuda {
@@ -134,9 +136,9 @@ QL_DEVICE void copy_tensor(void* shared, const TensorMap& map, int column, int r
 
 // Products of a warpgroup
 
-// Where wgmma finds B in shared memory: N rows (its columns) of 64 16-bit numbers along K, swizzled as Swizzle::bytes128, eight
-// rows to 1024 bytes. `tile` is a multiple of 1024. Bits 0..13: address / 16; 32..45: distance of groups of eight rows / 16;
-// 62: the swizzle; 16..29, the distance along K, counts only where rows are wider than the swizzle.
+// Where wgmma finds an operand in shared memory: N rows of B (its columns) or 64 rows of A, 128 bytes of each along K, swizzled
+// as Swizzle::bytes128, eight rows to 1024 bytes. `tile` is a multiple of 1024. Bits 0..13: address / 16; 32..45: distance of
+// groups of eight rows / 16; 62: the swizzle; 16..29, the distance along K, counts only where rows are wider than the swizzle.
 QL_DEVICE uint64_t wgmma_descriptor(const void* tile) {
 #ifdef QUANTLIB_SIMT
     const uint64_t address = simt::shared_offset(tile);
@@ -146,8 +148,12 @@ QL_DEVICE uint64_t wgmma_descriptor(const void* tile) {
     return (address & 0x3FFFF) >> 4 | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
-// The same B, further along K by `columns` numbers, a multiple of 16 below 64: the swizzle applies after the addition.
-QL_DEVICE uint64_t wgmma_advance(uint64_t descriptor, int columns) { return descriptor + uint64_t(columns * 2 >> 4); }
+// The same operand, further along K by `columns` numbers of BYTES bytes, in steps of 32 bytes below 128: the swizzle applies
+// after the addition.
+template <int BYTES = 2>
+QL_DEVICE uint64_t wgmma_advance(uint64_t descriptor, int columns) {
+    return descriptor + uint64_t(columns * BYTES >> 4);
+}
 
 // Before the first wgmma of a sequence, and after registers that one reads were written. By all 128 threads, as all that
 // follows.
@@ -192,23 +198,11 @@ QL_DEVICE void wgmma_hold([[maybe_unused]] float (&d)[COUNT]) {
 #ifndef QUANTLIB_SIMT
 namespace detail {
 
-#define QL_SUMS_8(i) \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define QL_SUMS_16(i) QL_SUMS_8(i), QL_SUMS_8(i + 8)
-#define QL_SUMS_32(i) QL_SUMS_16(i), QL_SUMS_16(i + 16)
-#define QL_SUMS_64(i) QL_SUMS_32(i), QL_SUMS_32(i + 32)
-#define QL_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define QL_NAMES_16 QL_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define QL_NAMES_32 QL_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define QL_NAMES_64                                                                                                     \
-    QL_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51," \
-                " %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-
 // 1: add to d; 1, 1: neither factor negated; 0: B lies along K
-#define QL_WGMMA(N, SUMS, TYPE, A0, A1, A2, A3, B)                                                                   \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" QL_NAMES_##SUMS "}, {%" #A0    \
-                 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", 1, 1, 1, 0;"                                             \
-                 : QL_SUMS_##SUMS(0)                                                                                 \
+#define QL_WGMMA(N, SUMS, TYPE, A0, A1, A2, A3, B)                                                                         \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" QL_WGMMA_NAMES_##SUMS "}, {%" #A0    \
+                 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", 1, 1, 1, 0;"                                                   \
+                 : QL_WGMMA_SUMS_##SUMS                                                                                    \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor))
 
 #define QL_WGMMA_FOR(N, SUMS, A0, A1, A2, A3, B)                                                          \
@@ -228,14 +222,6 @@ QL_WGMMA_FOR(128, 64, 64, 65, 66, 67, 68)
 
 #undef QL_WGMMA_FOR
 #undef QL_WGMMA
-#undef QL_NAMES_64
-#undef QL_NAMES_32
-#undef QL_NAMES_16
-#undef QL_NAMES_8
-#undef QL_SUMS_64
-#undef QL_SUMS_32
-#undef QL_SUMS_16
-#undef QL_SUMS_8
 
 }  // namespace detail
 #endif

@@ -1,6 +1,7 @@
 // Who decodes and multiplies in linear_tile, and writes y.
 #pragma once
 
+#include "store_words.h"
 #include "tile_scales.h"
 #include "wgmma_zero.h"
 
@@ -273,19 +274,13 @@ struct TileConsumer {
     QL_DEVICE int column_of(int i) const { return (lane >> 2) + i / 2 % 2 * 8; }
     QL_DEVICE int64_t place(int m, int n) const { return 2 * (int64_t(m) * w.n + n); }
 
-    // Rows of y begin at multiples of 8 bytes: the warp turns its 8 x 8 matrices over and writes 32 bytes of each of 8 rows.
+    // Rows of y begin at multiples of 8 bytes: the warp turns its 8 x 8 matrices over, so that a lane has neighbours of a row.
     QL_DEVICE void store_rows(int base, int first_m) const {
-        int r = lane >> 2, q = lane & 3;
-        bool odd = (q & 1) != 0;
-        int n = base + (odd ? 8 + 2 * (q - 1) : 2 * q);
         QL_UNROLL
         for (int i = 0; i < COUNT; i += 4) {
-            // Row r of x, columns 2 q and the next of the two matrices; even lanes then take four columns of the first one.
             uint32_t lower = transpose_matrix(pack2<T>(sums[i], sums[i + 1]));
             uint32_t upper = transpose_matrix(pack2<T>(sums[i + 2], sums[i + 3]));
-            uint32_t got = shuffle_xor(odd ? lower : upper, 1);
-            int m = first_m + i / 4 * 8 + r;
-            if (m < args.m && n < w.n) store_global(args.y + place(m, n), odd ? Words2{{got, upper}} : Words2{{lower, got}});
+            store_words(args.y, args.m, w.n, first_m + i / 4 * 8 + (lane >> 2), base, lower, upper);
         }
     }
 

@@ -8,23 +8,11 @@ namespace quantlib::cuda {
 #ifndef QUANTLIB_SIMT
 namespace detail {
 
-#define QL_OUT_8(i) \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define QL_OUT_16(i) QL_OUT_8(i), QL_OUT_8(i + 8)
-#define QL_OUT_32(i) QL_OUT_16(i), QL_OUT_16(i + 16)
-#define QL_OUT_64(i) QL_OUT_32(i), QL_OUT_32(i + 32)
-#define QL_D_8 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define QL_D_16 QL_D_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define QL_D_32 QL_D_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define QL_D_64                                                                                                             \
-    QL_D_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53," \
-            " %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-
 // 0: not added to d; 1, 1: neither factor negated; 0: B lies along K. IN: the operands that follow the sums.
-#define QL_WGMMA_ZERO(N, SUMS, IN, TYPE)                                                                       \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" QL_D_##SUMS "}, " IN     \
-                 ", 0, 1, 1, 0;"                                                                               \
-                 : QL_OUT_##SUMS(0)                                                                            \
+#define QL_WGMMA_ZERO(N, SUMS, IN, TYPE)                                                                              \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" QL_WGMMA_NAMES_##SUMS "}, " IN  \
+                 ", 0, 1, 1, 0;"                                                                                      \
+                 : QL_WGMMA_SUMS_##SUMS                                                                               \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor))
 
 #define QL_WGMMA_ZERO_FOR(N, SUMS, IN)                                                                \
@@ -44,14 +32,6 @@ QL_WGMMA_ZERO_FOR(128, 64, "{%64, %65, %66, %67}, %68")
 
 #undef QL_WGMMA_ZERO_FOR
 #undef QL_WGMMA_ZERO
-#undef QL_D_64
-#undef QL_D_32
-#undef QL_D_16
-#undef QL_D_8
-#undef QL_OUT_64
-#undef QL_OUT_32
-#undef QL_OUT_16
-#undef QL_OUT_8
 
 }  // namespace detail
 #endif

@@ -1,0 +1,128 @@
+// From packed codes to bf16 numbers, SPAN columns at a time: vector `turn` of a span holds columns 4w + turn in words w = 0 ... 31.
+// A lane of 32 bits, over the four vectors, holds eight neighbouring columns; they share a scale in every format with blocks of a
+// multiple of eight columns, so that a scale can wait until a lane's products have been added.
+#pragma once
+
+#include "scales.h"
+#include "simd_pairs.h"
+
+#ifdef QUANTLIB_HAS_PAIRS
+namespace quantlib::cpu::QUANTLIB_ISA {
+
+constexpr int SPAN = 128;
+constexpr int TURNS = SPAN / WORDS;
+
+// Bytes between what is decoded and what is asked for: what arrives meanwhile must not be waited for.
+constexpr int64_t FETCH_AHEAD = 2048;
+
+inline int64_t spans_of(int64_t columns) { return (columns + SPAN - 1) / SPAN; }
+
+// Codes of two or more planes that are not bytes, or of one: entries of a code book in registers.
+template <int BITS>
+struct BookCodes {
+    static constexpr int FIRST = PLANE_WIDTHS[BITS][0], SECOND = PLANE_WIDTHS[BITS][1];
+    static_assert(PLANE_WIDTHS[BITS][2] == 0);
+    const WordBook<BITS> book;
+    explicit BookCodes(const Plan& plan) : book(plan.pairs) {}
+
+    template <int TURN>
+    QUANTLIB_INLINE Words turn(Words first, Words second) const {
+        Words codes = shift_words<-FIRST * TURN>(first);
+        if constexpr (SECOND != 0) {
+            codes = choose(same_words((1 << FIRST) - 1), codes, shift_words<FIRST - SECOND * TURN>(second));
+        }
+        return book.look_up(codes);
+    }
+
+    QUANTLIB_INLINE void numbers(const Planes& planes, int64_t span, Words* out) const {
+        const uint8_t* low = planes.plane[0] + span * (SPAN * FIRST / 8);
+        fetch(low + FETCH_AHEAD);
+        const Words first = load_plane<FIRST>(low);
+        Words second = first;
+        if constexpr (SECOND != 0) {
+            const uint8_t* high = planes.plane[1] + span * (SPAN * SECOND / 8);
+            fetch(high + FETCH_AHEAD);
+            second = load_plane<SECOND>(high);
+        }
+        out[0] = turn<0>(first, second);
+        out[1] = turn<1>(first, second);
+        out[2] = turn<2>(first, second);
+        out[3] = turn<3>(first, second);
+    }
+};
+
+struct ByteCodes {
+    const ByteBook book;
+    explicit ByteCodes(const Plan& plan) : book(plan.pairs) {}
+
+    QUANTLIB_INLINE void numbers(const Planes& planes, int64_t span, Words* out) const {
+        const uint8_t* bytes = planes.plane[0] + span * SPAN;
+        fetch(bytes + FETCH_AHEAD);
+        fetch(bytes + FETCH_AHEAD + 64);
+        Words first, second;
+        load_byte_plane(bytes, first, second);
+        book.look_up(first, out[0], out[1]);
+        book.look_up(second, out[2], out[3]);
+    }
+};
+
+// What a format subtracts, besides its scale: nothing, an integer before the scale, a float after it.
+enum class Shift { none, zero, minimum };
+inline Shift shift_of(const Plan& plan) {
+    return plan.has_zero ? Shift::zero : plan.has_minimum ? Shift::minimum : Shift::none;
+}
+
+// How a row's numbers, one per `plan.span_piece` columns, are spread over the lanes of a span.
+class Spread {
+  public:
+    explicit Spread(const Plan& plan) : count_(SPAN / plan.span_piece) {
+        const Ints lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        index_ = _mm512_srl_epi32(lane, _mm_cvtsi32_si128(__builtin_ctz(plan.span_piece / 8)));
+    }
+    // Lane l has the number of columns 8l ... 8l + 7 of a span.
+    QUANTLIB_INLINE Floats operator()(const float* pieces, int64_t span) const {
+        return permute(index_, load(pieces + span * count_));
+    }
+
+  private:
+    int64_t count_;
+    Ints index_;
+};
+
+// One weight row: its codes, and a padded copy of the last span where the stored codes end inside it.
+class PairsRow {
+  public:
+    PairsRow(const Plan& plan, const Parts& parts, int64_t row)
+        : whole_(plan.padded_k / SPAN),
+          planes_(planes_of(plan.bits, parts.codes + row * (plan.padded_k * plan.bits / 8), plan.padded_k)) {
+        for (int i = 0; i < 3 && whole_ < spans_of(plan.k); ++i) {
+            const int width = PLANE_WIDTHS[plan.bits][i];
+            memset(tail_[i], 0, SPAN);
+            memcpy(tail_[i], planes_.plane[i] + whole_ * (SPAN * width / 8), (plan.padded_k - whole_ * SPAN) * width / 8);
+        }
+    }
+    int64_t whole() const { return whole_; }
+    const Planes& planes() const { return planes_; }
+    Planes tail() const { return {{tail_[0], tail_[1], tail_[2]}}; }
+
+  private:
+    const int64_t whole_;  // spans that lie inside the stored codes
+    const Planes planes_;
+    uint8_t tail_[3][SPAN];
+};
+
+// Call `with` a decoder for this plan's codes.
+template <class With>
+inline void with_codes(const Plan& plan, With with) {
+    switch (plan.bits) {
+        case 2: return with(BookCodes<2>(plan));
+        case 3: return with(BookCodes<3>(plan));
+        case 4: return with(BookCodes<4>(plan));
+        case 5: return with(BookCodes<5>(plan));
+        case 6: return with(BookCodes<6>(plan));
+        default: return with(ByteCodes(plan));
+    }
+}
+
+}  // namespace quantlib::cpu::QUANTLIB_ISA
+#endif

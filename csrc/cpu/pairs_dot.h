@@ -1,0 +1,202 @@
+// y[M, N] = x[M, K] W^T + bias for few rows of x, at the speed of memory: codes go from their packed bytes through a code book of
+// bf16 numbers straight into dot products; scales, zeros and minima are applied to the fp32 sums of eight columns.
+//
+// A row of y depends neither on the number of threads nor on the other rows of x: each product of a row of W and a row of x is
+// added up in one order.
+#pragma once
+
+#include "pairs_x.h"
+#include "rows.h"
+
+#ifdef QUANTLIB_HAS_PAIRS
+namespace quantlib::cpu::QUANTLIB_ISA {
+
+// x as pairs_x.h arranges it.
+struct PairsX {
+    const uint16_t* words;
+    int64_t row_stride, plane_stride;  // in words
+    const float* sums;                 // null where no format needs them
+    int64_t sums_stride;
+    inline PairsX from_row(int64_t m) const {
+        return {words + m * row_stride, row_stride, plane_stride, sums + m * sums_stride, sums_stride};
+    }
+};
+
+// Rows of W that are multiplied together.
+constexpr int DOT_ROWS = 2;
+// Rows of W whose products are written together.
+constexpr int WRITE_ROWS = 16;
+
+// total[r][m] += what spans start ... stop contribute to the product of rows r and m; `planes` count spans from `start`.
+template <Shift SHIFT, int M, int PLANES, class Codes>
+QUANTLIB_INLINE void add_spans(const Codes& codes, const Spread& spread, const Planes (&planes)[DOT_ROWS],
+                               const RowNumbers (&numbers)[DOT_ROWS], const PairsX& x, int64_t start, int64_t stop,
+                               Floats (&total)[DOT_ROWS][M]) {
+    for (int64_t span = start; span < stop; ++span) {
+        Words w[DOT_ROWS][TURNS];
+        Floats scale[DOT_ROWS], shift[DOT_ROWS];
+        for (int r = 0; r < DOT_ROWS; ++r) {
+            codes.numbers(planes[r], span - start, w[r]);
+            scale[r] = spread(numbers[r].scale, span);
+            if constexpr (SHIFT == Shift::zero) shift[r] = spread(numbers[r].zero, span);
+            if constexpr (SHIFT == Shift::minimum) shift[r] = spread(numbers[r].minimum, span);
+        }
+        for (int m = 0; m < M; ++m) {
+            const uint16_t* words = x.words + m * x.row_stride + span * SPAN;
+            Floats sum[DOT_ROWS];
+            for (int r = 0; r < DOT_ROWS; ++r) sum[r] = zero();
+            for (int plane = 0; plane < PLANES; ++plane) {
+                for (int turn = 0; turn < TURNS; ++turn) {
+                    const Words a = load_words(words + plane * x.plane_stride + turn * WORDS);
+                    for (int r = 0; r < DOT_ROWS; ++r) sum[r] = dot(sum[r], w[r][turn], a);
+                }
+            }
+            Floats sums = zero();
+            if constexpr (SHIFT != Shift::none) sums = load(x.sums + m * x.sums_stride + span * LANES);
+            for (int r = 0; r < DOT_ROWS; ++r) {
+                if constexpr (SHIFT == Shift::zero) sum[r] = negative_multiply_add(shift[r], sums, sum[r]);
+                total[r][m] = multiply_add(sum[r], scale[r], total[r][m]);
+                if constexpr (SHIFT == Shift::minimum) total[r][m] = negative_multiply_add(shift[r], sums, total[r][m]);
+            }
+        }
+    }
+}
+
+// values[m][r][0] = the product of row r of W with row m of x.
+template <Shift SHIFT, int M, int PLANES, class Codes>
+void dot_rows(const Plan& plan, const Codes& kept, const PairsRow (&rows)[DOT_ROWS], const RowNumbers (&numbers)[DOT_ROWS],
+              const PairsX& x, int64_t spans, float* values) {
+    const Codes codes = kept;  // a local copy stays in registers
+    const Spread spread(plan);
+    Floats total[DOT_ROWS][M];
+    for (int r = 0; r < DOT_ROWS; ++r) {
+        for (int m = 0; m < M; ++m) total[r][m] = zero();
+    }
+    const int64_t inside = least(rows[0].whole(), spans);
+    const Planes planes[DOT_ROWS] = {rows[0].planes(), rows[1].planes()};
+    add_spans<SHIFT, M, PLANES>(codes, spread, planes, numbers, x, 0, inside, total);
+    if (inside < spans) {
+        const Planes tails[DOT_ROWS] = {rows[0].tail(), rows[1].tail()};
+        add_spans<SHIFT, M, PLANES>(codes, spread, tails, numbers, x, inside, spans, total);
+    }
+    for (int m = 0; m < M; ++m) {
+        for (int r = 0; r < DOT_ROWS; ++r) values[(m * DOT_ROWS + r) * WRITE_ROWS] = sum(total[r][m]);
+    }
+}
+
+// What one thread works in.
+struct DotMemory {
+    RowNumbers numbers[DOT_ROWS];
+    float* values;  // [m][DOT_ROWS][WRITE_ROWS]
+};
+
+struct PairsDot {
+    const LinearCall& call;
+    const PairsX x;
+    const int64_t spans;
+
+    inline void write(int64_t row, int64_t rows, float* values) const {
+        uint8_t* y = static_cast<uint8_t*>(call.y);
+        for (int64_t m = 0; m < call.m; ++m, values += DOT_ROWS * WRITE_ROWS) {
+            for (int64_t r = 0; call.bias != nullptr && r < rows; ++r) values[r] += call.bias[row + r];
+            write_numbers(call.dtype, values, rows, y + (m * call.plan->n + row) * item_size(call.dtype));
+        }
+    }
+
+    // Two rows of W with every row of x, as many at a time as registers hold.
+    template <Shift SHIFT, int PLANES, class Codes>
+    inline void two_rows(const Codes& codes, int64_t first, int64_t second, const DotMemory& memory, float* values) const {
+        const Plan& plan = *call.plan;
+        expand_row(plan, call.parts, first, memory.numbers[0], plan.span_piece);
+        expand_row(plan, call.parts, second, memory.numbers[1], plan.span_piece);
+        const PairsRow rows[DOT_ROWS] = {{plan, call.parts, first}, {plan, call.parts, second}};
+        constexpr int MOST = PLANES == 1 ? 4 : 2;
+        int64_t m = 0;
+        if constexpr (PLANES == 1) {
+            for (; m + 8 <= call.m; m += 8) {
+                dot_rows<SHIFT, 8, PLANES>(plan, codes, rows, memory.numbers, x.from_row(m), spans,
+                                              values + m * DOT_ROWS * WRITE_ROWS);
+            }
+        }
+        for (; m + MOST <= call.m; m += MOST) {
+            dot_rows<SHIFT, MOST, PLANES>(plan, codes, rows, memory.numbers, x.from_row(m), spans,
+                                          values + m * DOT_ROWS * WRITE_ROWS);
+        }
+        for (; m + 2 <= call.m; m += 2) {
+            dot_rows<SHIFT, 2, PLANES>(plan, codes, rows, memory.numbers, x.from_row(m), spans,
+                                          values + m * DOT_ROWS * WRITE_ROWS);
+        }
+        if (m < call.m) {
+            dot_rows<SHIFT, 1, PLANES>(plan, codes, rows, memory.numbers, x.from_row(m), spans,
+                                          values + m * DOT_ROWS * WRITE_ROWS);
+        }
+    }
+
+    template <Shift SHIFT, int PLANES>
+    void rows(int64_t start, int64_t stop, const DotMemory& memory) const {
+        with_codes(*call.plan, [&](const auto& codes) {
+            // The rows of a pair lie half the range apart, so that each is one of a stream without gaps.
+            const int64_t half = (stop - start + 1) / 2;
+            for (int64_t done = 0; done < half; done += WRITE_ROWS) {
+                const int64_t first = start + done, second = first + half, count = least(WRITE_ROWS, half - done);
+                for (int64_t r = 0; r < count; ++r) {
+                    this->template two_rows<SHIFT, PLANES>(codes, first + r, least(second + r, stop - 1), memory,
+                                                           memory.values + r);
+                }
+                write(first, count, memory.values);
+                write(second, least(count, stop - second), memory.values + WRITE_ROWS);
+            }
+        });
+    }
+
+    template <Shift SHIFT>
+    void rows(int64_t start, int64_t stop, const DotMemory& memory) const {
+        switch (planes_in(call.dtype)) {
+            case 1: return rows<SHIFT, 1>(start, stop, memory);
+            case 2: return rows<SHIFT, 2>(start, stop, memory);
+            default: return rows<SHIFT, 3>(start, stop, memory);
+        }
+    }
+
+    void rows(int64_t start, int64_t stop, const DotMemory& memory) const {
+        switch (shift_of(*call.plan)) {
+            case Shift::none: return rows<Shift::none>(start, stop, memory);
+            case Shift::zero: return rows<Shift::zero>(start, stop, memory);
+            case Shift::minimum: return rows<Shift::minimum>(start, stop, memory);
+        }
+    }
+};
+
+inline bool pairs_dot(const LinearCall& call) {
+    const Plan& plan = *call.plan;
+    if (call.m == 0 || plan.n == 0) return true;
+    const int64_t spans = spans_of(plan.k), planes = planes_in(call.dtype);
+    // Rows a multiple of 4096 bytes apart would all compete for the same few sets of the first-level cache.
+    const int64_t row_words = planes * spans * SPAN + WORDS;
+    const int threads = useful_threads(plan.n * spans * SPAN * call.m, call.threads);
+    const int64_t numbers_floats = round_up(numbers_size(plan), LANES);
+    const bool shifted = shift_of(plan) != Shift::none;
+    const int64_t sums_stride = shifted ? spans * LANES : 0;
+    const int64_t thread_floats = DOT_ROWS * (numbers_floats + call.m * WRITE_ROWS);
+    const Scratch words(call.m * row_words / 2), sums(call.m * sums_stride), scratch(threads * thread_floats);
+    if (words.floats == nullptr || sums.floats == nullptr || scratch.floats == nullptr) return false;
+
+    uint16_t* arranged = reinterpret_cast<uint16_t*>(words.floats);
+    for (int64_t m = 0; m < call.m; ++m) {
+        arrange_row<false>(call, m, spans, arranged + m * row_words);
+        if (shifted) sum_lanes(arranged + m * row_words, planes, spans, sums.floats + m * sums_stride);
+    }
+    const PairsX x = {arranged, row_words, spans * SPAN, sums.floats, sums_stride};
+    const PairsDot work{call, x, spans};
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int part = 0; part < threads; ++part) {
+        float* own = scratch.floats + part * thread_floats;
+        const DotMemory memory = {{carve_numbers(plan, own), carve_numbers(plan, own + numbers_floats)},
+                                  own + DOT_ROWS * numbers_floats};
+        work.rows(plan.n * part / threads, plan.n * (part + 1) / threads, memory);
+    }
+    return true;
+}
+
+}  // namespace quantlib::cpu::QUANTLIB_ISA
+#endif

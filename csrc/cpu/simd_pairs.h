@@ -1,0 +1,150 @@
+// Words of 16 bits and products of bf16 pairs: what AVX-512 BF16 and VBMI add to simd_avx512.h. Only the instruction set that
+// has them includes this file.
+//
+// dot() adds the two products of each lane's pair in fp32. Inputs and sums below 2^-126 count as zero there.
+#pragma once
+
+#include "simd.h"
+
+#if QUANTLIB_ISA_LEVEL >= 3
+#define QUANTLIB_HAS_PAIRS
+
+namespace quantlib::cpu::QUANTLIB_ISA {
+
+// Where a call would send vectors through memory.
+#define QUANTLIB_INLINE inline __attribute__((always_inline))
+
+typedef __m512i Words;  // 32 words of 16 bits
+constexpr int WORDS = 32;
+
+// Ask for the cache line of an address, which may lie anywhere.
+QUANTLIB_INLINE void fetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T1); }
+
+QUANTLIB_INLINE Words load_words(const void* from) { return _mm512_loadu_si512(from); }
+QUANTLIB_INLINE void store_words(void* to, Words a) { _mm512_storeu_si512(to, a); }
+QUANTLIB_INLINE Floats dot(Floats sum, Words a, Words b) { return _mm512_dpbf16_ps(sum, __m512bh(a), __m512bh(b)); }
+QUANTLIB_INLINE Floats negative_multiply_add(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
+QUANTLIB_INLINE Floats permute(Ints index, Floats a) { return _mm512_permutexvar_ps(index, a); }
+
+// `a` where the mask has ones, `b` elsewhere.
+QUANTLIB_INLINE Words choose(Words mask, Words a, Words b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xCA); }
+QUANTLIB_INLINE Words same_words(int word) { return _mm512_set1_epi16(short(word)); }
+
+// Left for positive, right for negative; bits that leave a word are lost.
+template <int BITS>
+QUANTLIB_INLINE Words shift_words(Words a) {
+    if constexpr (BITS > 0) return _mm512_slli_epi16(a, BITS);
+    if constexpr (BITS < 0) return _mm512_srli_epi16(a, -BITS);
+    return a;
+}
+
+// Every lane of 32 bits holds the two words at an address.
+QUANTLIB_INLINE Words same_pairs(const uint16_t* from) {
+    int pair;
+    memcpy(&pair, from, 4);
+    return _mm512_set1_epi32(pair);
+}
+// Words of a and b by turns, a's first: of each run of eight words, the first four and the last four.
+QUANTLIB_INLINE Words low_pairs(Words a, Words b) { return _mm512_unpacklo_epi16(a, b); }
+QUANTLIB_INLINE Words high_pairs(Words a, Words b) { return _mm512_unpackhi_epi16(a, b); }
+
+// fp32 in lanes of 32 bits whose words are two bf16: the low one, the high one.
+QUANTLIB_INLINE Floats low_floats(Words pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+QUANTLIB_INLINE Floats high_floats(Words pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xFFFF0000u))));
+}
+
+// fp32 -> bf16, nearest even, numbers below 2^-126 as zero: words 0-15 from `first`, 16-31 from `second`.
+QUANTLIB_INLINE Words round_words(Floats first, Floats second) { return Words(_mm512_cvtne2ps_pbh(second, first)); }
+
+// The sum of each of four vectors.
+QUANTLIB_INLINE __m128 four_sums(Floats a, Floats b, Floats c, Floats d) {
+    const Floats ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const Floats cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const Floats all = add(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+// A code book of bf16 numbers for codes of BITS bits; look_up ignores the bits above a code.
+template <int BITS>
+struct WordBook {
+    static constexpr int VECTORS = BITS <= 5 ? 1 : 2;
+    static_assert(BITS <= 6);
+    Words entries[VECTORS];
+    explicit WordBook(const uint16_t* values) {
+        for (int v = 0; v < VECTORS; ++v) entries[v] = load_words(values + v * WORDS);
+    }
+    QUANTLIB_INLINE Words look_up(Words codes) const {
+        if constexpr (VECTORS == 1) return _mm512_permutexvar_epi16(codes, entries[0]);
+        return _mm512_permutex2var_epi16(entries[0], codes, entries[VECTORS - 1]);
+    }
+};
+
+// The same for 8 bits: the low and the high bytes of 256 numbers, looked up byte by byte.
+struct ByteBook {
+    Words low[4], high[4];
+    explicit ByteBook(const uint16_t* values) {
+        uint8_t bytes[2][256];
+        for (int i = 0; i < 256; ++i) {
+            bytes[0][i] = uint8_t(values[i]);
+            bytes[1][i] = uint8_t(values[i] >> 8);
+        }
+        for (int v = 0; v < 4; ++v) {
+            low[v] = load_words(bytes[0] + v * 64);
+            high[v] = load_words(bytes[1] + v * 64);
+        }
+    }
+    // Two words of codes, low byte first -> the numbers of the low bytes and of the high bytes.
+    QUANTLIB_INLINE void look_up(Words codes, Words& even, Words& odd) const {
+        const __mmask64 upper = _mm512_movepi8_mask(codes);
+        const Words lows = _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(low[0], codes, low[1]),
+                                                  _mm512_permutex2var_epi8(low[2], codes, low[3]));
+        const Words highs = _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(high[0], codes, high[1]),
+                                                   _mm512_permutex2var_epi8(high[2], codes, high[3]));
+        const Words mask = same_words(0x00FF);
+        even = choose(mask, lows, shift_words<8>(highs));
+        odd = choose(mask, shift_words<-8>(lows), highs);
+    }
+};
+
+// Words of one plane of codes of WIDTH bits, 128 codes: word w holds codes 4w ... 4w + 3 from bit 0 up, and what comes above
+// them means nothing.
+template <int WIDTH>
+QUANTLIB_INLINE Words load_plane(const uint8_t* from) {
+    if constexpr (WIDTH == 4) return load_words(from);
+    if constexpr (WIDTH == 2) return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    const Words bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    return _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
+}
+
+// 128 bytes -> the words (4w, 4w + 1) in `first`, (4w + 2, 4w + 3) in `second`.
+QUANTLIB_INLINE void load_byte_plane(const uint8_t* from, Words& first, Words& second) {
+    const Words a = load_words(from), b = load_words(from + 64);
+    const Words even = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22, 20,
+                                        18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    first = _mm512_permutex2var_epi16(a, even, b);
+    second = _mm512_permutex2var_epi16(a, _mm512_or_si512(even, same_words(1)), b);
+}
+
+// Words 4w + turn of 128 words in natural order, for w = 0 ... 31: the order in which codes leave their planes.
+QUANTLIB_INLINE Words every_fourth(const uint16_t* from, int turn) {
+    const Words fourth = _mm512_set_epi16(60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20, 16, 12, 8, 4, 0, 60, 56, 52, 48, 44, 40,
+                                          36, 32, 28, 24, 20, 16, 12, 8, 4, 0);
+    const Words index = _mm512_add_epi16(fourth, same_words(turn));
+    const Words first = _mm512_permutex2var_epi16(load_words(from), index, load_words(from + WORDS));
+    const Words second = _mm512_permutex2var_epi16(load_words(from + 2 * WORDS), index, load_words(from + 3 * WORDS));
+    return _mm512_mask_blend_epi16(0xFFFF0000u, first, second);
+}
+
+// Words of even places first, then those of odd places.
+QUANTLIB_INLINE Words part_words(Words a) {
+    const Words index = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 30, 28, 26, 24, 22, 20, 18,
+                                         16, 14, 12, 10, 8, 6, 4, 2, 0);
+    return _mm512_permutexvar_epi16(index, a);
+}
+
+}  // namespace quantlib::cpu::QUANTLIB_ISA
+#endif

@@ -1,0 +1,181 @@
+"""The C++ kernels of bf16 pairs: the identity gives back the decoded weight, and nothing depends on threads or batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import quantlib
+from quantlib.dispatch import choices, problem_of, select
+from quantlib.formats import Format, get_format, register, unregister
+from quantlib.kernels import cpu, cpu_pairs, get_kernel
+from quantlib.testing import assert_close, assert_same_bits, assert_within_ulps, random_weight
+
+from . import cases
+from .test_cpu_kernels import UNUSUAL, fp64_product, quantized, random_x, run
+
+if cpu.unavailable is not None:
+    pytest.skip(cpu.unavailable, allow_module_level=True)
+if not cpu.has_pairs():
+    pytest.skip(f"this CPU multiplies no bf16 pairs; it runs {cpu.isa()}", allow_module_level=True)
+
+TAKEN: tuple[Format, ...] = tuple(
+    fmt for fmt in (*map(get_format, cases.FORMATS), *UNUSUAL) if fmt.codec.bits in cpu_pairs.CODE_BITS
+)
+NAMES = [fmt.name for fmt in TAKEN]
+SHAPES = (*cases.SHAPES, (37, 2300), (5, 4500))
+"""With rows over several blocks of columns, and a last span that is not whole."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unusual_formats() -> Iterator[None]:
+    for fmt in UNUSUAL:
+        register(fmt)
+    yield
+    for fmt in UNUSUAL:
+        unregister(fmt.name)
+
+
+def exact(fmt: Format) -> bool:
+    return cpu_pairs.exact_in_bf16(fmt)
+
+
+def identity_holds(y: torch.Tensor, decoded: torch.Tensor, fmt: Format) -> None:
+    """Bit for bit, or one ulp where bf16 does not hold the code book's entries. A sum of zeros has no sign."""
+    if exact(fmt):
+        assert_same_bits(y + 0.0, decoded + 0.0)
+    else:
+        assert_within_ulps(y, decoded, 1)
+
+
+@pytest.mark.parametrize("spec", NAMES)
+def test_identity_gives_back_the_decoded_weight(spec: str) -> None:
+    for n, k in SHAPES:
+        weight = quantized(spec, n, k)
+        for dtype in cases.DTYPES if exact(weight.format) else (torch.bfloat16,):
+            decoded = weight.dequantize(dtype).T.contiguous()
+            rows = list(range(k)) if k < 600 else [0, 1, 127, 128, 2047, 2048, k - 1]
+            eye = torch.eye(k, dtype=dtype)[rows]
+            identity_holds(run("cpu_pairs_dot", eye, weight), decoded[rows], weight.format)
+            if dtype is torch.bfloat16:
+                identity_holds(run("cpu_pairs_tile", eye, weight), decoded[rows], weight.format)
+
+
+@pytest.mark.parametrize("spec", NAMES)
+def test_identity_through_dgrad_gives_back_the_decoded_weight(spec: str) -> None:
+    for n, k in SHAPES:
+        weight = quantized(spec, n, k)
+        dx = run("cpu_pairs_dgrad", torch.eye(n, dtype=torch.bfloat16), weight)
+        identity_holds(dx, weight.dequantize(torch.bfloat16), weight.format)
+
+
+@pytest.mark.parametrize("spec", cases.FORMATS)
+def test_products_are_those_of_the_decoded_weight(spec: str) -> None:
+    fmt = get_format(spec)
+    for i, (n, k) in enumerate(SHAPES):
+        weight = quantized(spec, n, k)
+        for dtype in cases.DTYPES if exact(fmt) else (torch.bfloat16,):
+            bias = torch.randn(n).to(dtype) if i % 2 else None
+            for m in (0, 1, 2, 3, 7, 13):
+                x = random_x(m, k, dtype)
+                assert_close(run("cpu_pairs_dot", x, weight, bias), fp64_product(x, weight, bias))
+                if dtype is torch.bfloat16:
+                    assert_close(run("cpu_pairs_tile", x, weight, bias), fp64_product(x, weight, bias))
+        for m in (0, 1, 5, 14):
+            dy = random_x(m, n, torch.bfloat16)
+            assert_close(run("cpu_pairs_dgrad", dy, weight), dy.double() @ weight.dequantize().double())
+
+
+@pytest.mark.parametrize("name", ["cpu_pairs_dot", "cpu_pairs_tile", "cpu_pairs_dgrad"])
+@pytest.mark.parametrize("spec", ["int4-g32-asym", "nf4-dq", "q6_k", "fp8-e4m3-block128"])
+def test_bits_do_not_depend_on_threads_or_batch(spec: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = quantized(spec, 2050, 576)
+    x = random_x(16, 2050 if name == "cpu_pairs_dgrad" else 576, torch.bfloat16)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(run(name, x, weight))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
+    for m in (1, 2, 3, 5, 9):
+        assert_same_bits(run(name, x[:m], weight), results[0][:m])
+    monkeypatch.setattr(cpu_pairs, "ROWS_AT_ONCE", 5)
+    assert_same_bits(run(name, x, weight), results[0])
+
+
+@pytest.mark.parametrize("name", ["cpu_pairs_dot", "cpu_pairs_tile", "cpu_pairs_dgrad"])
+def test_strides_of_x_do_not_matter(name: str) -> None:
+    weight = quantized("int4-g32-asym", 130, 130)
+    base = random_x(300, 300, torch.bfloat16)
+    for m in (1, 19):
+        for x in (base[:m, :130], base[:130, :m].T, base[: 2 * m : 2, :260:2], base[:1, :130].expand(m, 130)):
+            assert_same_bits(run(name, x, weight), run(name, x.contiguous(), weight))
+
+
+def test_fp32_numbers_of_any_size_are_split_without_a_loss() -> None:
+    """One column at a time: y is x times a weight of 1, so its bits are x's."""
+    weight = quantlib.QuantizedTensor(
+        get_format("int8-channel-fp32"), (1, 1), quantlib.quantize(torch.full((1, 1), 127.0), "int8-channel-fp32").parts
+    )
+    one = float(weight.dequantize())
+    values = torch.tensor([1.0, 3.0000002, -1.7014118e38, 1.1754944e-30, 0.1, -65504.0, 16777215.0])
+    x = values.view(-1, 1)
+    assert_same_bits(run("cpu_pairs_dot", x, weight), (x.double() * one).float())
+    for odd in (float("inf"), float("-inf"), float("nan")):
+        y = run("cpu_pairs_dot", torch.tensor([[odd]]), weight)
+        assert torch.equal(y, torch.tensor([[odd]])) or bool(y.isnan().all() and odd != odd)
+
+
+def test_infinite_and_missing_numbers_reach_every_result_of_their_row() -> None:
+    weight = quantized("nvfp4", 64, 256)
+    x = torch.ones(2, 256, dtype=torch.bfloat16)
+    x[1, 17] = float("nan")
+    for name in ("cpu_pairs_dot", "cpu_pairs_tile"):
+        y = run(name, x, weight)
+        assert bool(y[1].isnan().all())
+        assert not bool(y[0].isnan().any())
+
+
+def test_dispatch_takes_them_where_they_are_fastest_and_says_why_not_elsewhere() -> None:
+    weight = quantized("int4-g128", 64, 256)
+    assert select(problem_of("linear", 1, weight, torch.bfloat16)).name == "cpu_pairs_dot"
+    assert select(problem_of("linear", 512, weight, torch.bfloat16)).name == "cpu_pairs_tile"
+    assert select(problem_of("dgrad", 512, weight, torch.bfloat16)).name == "cpu_pairs_dgrad"
+    refusals = {choice.kernel: choice.refusal or "" for choice in choices(problem_of("linear", 1, weight, torch.float16))}
+    assert "multiplies bf16; x is float16" in refusals["cpu_pairs_tile"]
+    book = quantized("nf4", 64, 256)
+    assert "bf16 x alone" in (get_kernel("cpu_pairs_dot").supports(problem_of("linear", 1, book, torch.float32)) or "")
+
+
+def test_a_lower_instruction_set_refuses_in_words() -> None:
+    weight = quantized("int4-g128", 64, 256)
+    before = cpu.isa()
+    cpu.native().set_isa("avx2")
+    try:
+        answer = get_kernel("cpu_pairs_dot").supports(problem_of("linear", 1, weight, torch.bfloat16))
+        assert answer is not None
+        assert "AVX-512 BF16" in answer
+        assert "avx2" in answer
+        with pytest.raises(ValueError, match="no products of bf16 pairs"):
+            get_kernel("cpu_pairs_dot").run(
+                problem_of("linear", 1, weight, torch.bfloat16), random_x(1, 256, torch.bfloat16), weight, None
+            )
+    finally:
+        cpu.native().set_isa(before)
+
+
+def test_random_codes_of_every_width_keep_the_law() -> None:
+    """Weights whose parts hold any bytes, not only what quantizing gives."""
+    generator = torch.Generator().manual_seed(3)
+    for spec in ("int4-g128", "int8-channel", "int3-g64-asym", "q6_k"):
+        weight = quantlib.quantize(random_weight(40, 512), spec)
+        codes = torch.randint(0, 256, weight.parts["codes"].shape, generator=generator, dtype=torch.uint8)
+        weight = quantlib.QuantizedTensor(weight.format, weight.shape, weight.parts | {"codes": codes})
+        eye = torch.eye(512, dtype=torch.bfloat16)
+        identity_holds(run("cpu_pairs_dot", eye, weight), weight.dequantize(torch.bfloat16).T.contiguous(), weight.format)
