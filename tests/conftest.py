@@ -7,6 +7,7 @@ import os
 import pkgutil
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 
 # Threads that wait must not spin: test processes share few cores. Read when torch loads its OpenMP runtime.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -35,6 +36,29 @@ def pytest_configure(config: pytest.Config) -> None:
     import_kernels()
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+def instruction_sets() -> list[str]:
+    """Those that the CPU kernels can run in here; none where they were not built."""
+    from quantlib.kernels import cpu
+
+    return [] if cpu.unavailable is not None else list(cpu._cpu.available_isas())
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "isa" in metafunc.fixturenames:
+        metafunc.parametrize("isa", instruction_sets(), indirect=True)
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """An instruction set, which the CPU kernels run in until the test ends."""
+    from quantlib.kernels import cpu
+
+    before = cpu.isa()
+    cpu._cpu.set_isa(request.param)
+    yield request.param
+    cpu._cpu.set_isa(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -27,11 +27,12 @@ from quantlib.kernels.base import Operation
 from quantlib.testing import assert_close, assert_same_bits, random_weight
 
 from . import cases
+from .conftest import instruction_sets
 
 if cpu.unavailable is not None:
     pytest.skip(cpu.unavailable, allow_module_level=True)
 
-ISAS: tuple[str, ...] = tuple(cpu._cpu.available_isas())
+ISAS: tuple[str, ...] = tuple(instruction_sets())
 UNUSUAL: tuple[Format, ...] = (
     Format("table-1", Table((-0.5, 0.75)), Block(1, 16), FloatScale(torch.float16)),
     Format("table-3", Table((-4.0, -1.7, -0.6, 0.0, 0.5, 1.1, 2.3, 5.0)), Block(1, 24), FloatScale(torch.bfloat16)),
@@ -50,14 +51,6 @@ UNUSUAL: tuple[Format, ...] = (
     Format("super-4", Affine(4, signed=False), Block(1, 16), SuperScale(bits=4, count=16, has_minimum=True), zero="minimum"),
 )
 """What no family builds: every width, blocks that no vector fits, tables that lie in any order, small super-scales."""
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = cpu.isa()
-    cpu._cpu.set_isa(request.param)
-    yield request.param
-    cpu._cpu.set_isa(before)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -26,7 +25,6 @@ from . import cases
 if cpu.unavailable is not None:
     pytest.skip(cpu.unavailable, allow_module_level=True)
 
-ISAS: tuple[str, ...] = tuple(cpu._cpu.available_isas())
 CPU = torch.device("cpu")
 Parts = dict[str, torch.Tensor]
 
@@ -46,14 +44,6 @@ UNUSUAL: tuple[Format, ...] = (
 """Every width of code and piece, blocks that sums are not taken over, and the sizes that a block's tree of sums branches at."""
 
 FORMATS: tuple[Format, ...] = (*map(get_format, cases.FORMATS), *UNUSUAL)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = cpu.isa()
-    cpu._cpu.set_isa(request.param)
-    yield request.param
-    cpu._cpu.set_isa(before)
 
 
 def quantized(fmt: Format, weight: torch.Tensor, search: Search = "absmax") -> Parts:

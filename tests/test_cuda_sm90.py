@@ -20,7 +20,7 @@ from quantlib.kernels.cuda_sm90 import CudaLinearTile, TileVariant, tile_instanc
 from quantlib.tensor import QuantizedTensor
 from quantlib.testing import assert_close, assert_same_bits, assert_within_ulps, random_weight
 from tests.cases import FORMATS
-from tests.simt.build import CUDA, build
+from tests.simt.build import build, build_edited
 from tests.simt.memory import SimtError, allowed, block_order
 
 SOURCE = Path(__file__).parent / "simt" / "linear_tile.cpp"
@@ -172,23 +172,6 @@ def test_the_main_loop_has_no_bank_conflicts(spec: str) -> None:
 # mistakes
 
 
-def with_mistake(folder: Path, file: str, right: str, wrong: str) -> ModuleType:
-    """One instance of the kernel, from a copy of its sources in which `right`, found once, reads `wrong`."""
-    for name in ("common", "sm80"):
-        (folder / name).symlink_to(CUDA / name)
-    (folder / "sm90").mkdir()
-    for path in sorted((CUDA / "sm90").glob("*.h")):
-        text = path.read_text()
-        if path.name == file:
-            assert text.count(right) == 1, right
-            text = text.replace(right, wrong)
-        (folder / "sm90" / path.name).write_text(text)
-    module = f"simt_{folder.name}"
-    source = folder / f"{module}.cpp"
-    source.write_text(f"#define ONE_TILE\n#define MODULE {module}\n{SOURCE.read_text()}")
-    return build(module, [source])
-
-
 def multiply_with(module: ModuleType) -> tuple[Tensor, Tensor]:
     """12 turns, more than there are stages; two blocks of y."""
     weight = quantized("int4-g128", 140, 128 * 12)
@@ -198,7 +181,7 @@ def multiply_with(module: ModuleType) -> tuple[Tensor, Tensor]:
 
 
 def test_a_copy_without_mistakes_works(tmp_path: Path) -> None:
-    assert_close(*multiply_with(with_mistake(tmp_path, "", "", "")))
+    assert_close(*multiply_with(build_edited(tmp_path, SOURCE)))
 
 
 MISTAKES = {
@@ -217,4 +200,4 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_found(tmp_path: Path, mistake: str) -> None:
     with pytest.raises(SimtError):
-        multiply_with(with_mistake(tmp_path, *MISTAKES[mistake]))
+        multiply_with(build_edited(tmp_path, SOURCE, MISTAKES[mistake]))

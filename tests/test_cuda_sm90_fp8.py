@@ -23,7 +23,7 @@ from quantlib.kernels.base import Problem
 from quantlib.kernels.cuda_fragments_launch import Deal, Variant, deal
 from quantlib.tensor import QuantizedTensor
 from quantlib.testing import assert_close, assert_same_bits, random_weight
-from tests.simt.build import CUDA, build
+from tests.simt.build import Edit, build, build_edited
 from tests.simt.memory import SimtError, allowed, block_order
 
 SOURCE = Path(__file__).parent / "simt" / "scaled_fp8.cpp"
@@ -277,28 +277,6 @@ def test_codes_off_16_bytes_are_copied() -> None:
 # mistakes
 
 
-Edit = tuple[str, str, str]
-"""A file of csrc/cuda/sm90, what stands there, once, and what stands there instead."""
-
-
-def with_mistake(folder: Path, *edits: Edit) -> ModuleType:
-    """Two instances of the kernel, from an edited copy of its sources."""
-    for name in ("common", "sm80"):
-        (folder / name).symlink_to(CUDA / name)
-    (folder / "sm90").mkdir()
-    for path in sorted((CUDA / "sm90").glob("*.h")):
-        text = path.read_text()
-        for file, right, wrong in edits:
-            if path.name == file:
-                assert text.count(right) == 1, right
-                text = text.replace(right, wrong)
-        (folder / "sm90" / path.name).write_text(text)
-    module = f"simt_{folder.name}"
-    source = folder / f"{module}.cpp"
-    source.write_text(f"#define ONE_TILE\n#define MODULE {module}\n{SOURCE.read_text()}")
-    return build(module, [source])
-
-
 CASES = (
     (0, "fp8-block128", "fp8-g128", 1280),
     (1, "fp8-g128", "fp8-g128", 1280),
@@ -318,7 +296,7 @@ def check(module: ModuleType, cases: tuple[tuple[int, str, str, int], ...] = CAS
 
 
 def test_a_copy_without_mistakes_works(tmp_path: Path) -> None:
-    check(with_mistake(tmp_path))
+    check(build_edited(tmp_path, SOURCE))
 
 
 CONSUMER, CONFIG, KERNEL = "scaled_fp8_consumer.h", "scaled_fp8_config.h", "scaled_fp8.h"
@@ -349,19 +327,19 @@ WRONG_NUMBERS: dict[str, Edit] = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_found(tmp_path: Path, mistake: str) -> None:
     with pytest.raises(SimtError):
-        check(with_mistake(tmp_path, MISTAKES[mistake]))
+        check(build_edited(tmp_path, SOURCE, MISTAKES[mistake]))
 
 
 @pytest.mark.parametrize("mistake", WRONG_NUMBERS)
 def test_wrong_numbers_are_found(tmp_path: Path, mistake: str) -> None:
     with pytest.raises(AssertionError, match="relative error"):
-        check(with_mistake(tmp_path, WRONG_NUMBERS[mistake]))
+        check(build_edited(tmp_path, SOURCE, WRONG_NUMBERS[mistake]))
 
 
 def test_sums_left_to_the_tensor_cores_are_found(tmp_path: Path) -> None:
     """Without promotion: one sum for the whole of K, scaled at the end, which scales of whole rows would allow."""
     added = "multiply_add(part[4 * j + i], multiply_rounded(first[i / 2], second[i % 2]), sum)"
-    module = with_mistake(tmp_path, GONE_ON, (CONSUMER, added, added.replace(", sum)", ", 0.0f)")))
+    module = build_edited(tmp_path, SOURCE, GONE_ON, (CONSUMER, added, added.replace(", sum)", ", 0.0f)")))
     with pytest.raises(AssertionError, match=r"relative error .* exceeds .* for torch\.float16"):
         check(module, CASES[2:])
 

@@ -12,15 +12,14 @@
 #include "bindings_quantize.h"
 #include "dispatch.h"
 #include "types.h"
+#include "words.h"
 
 namespace py = pybind11;
 using namespace quantlib::cpu;
 
 namespace {
 
-// The words that cross the border, each written once.
-constexpr std::pair<const char*, DType> DTYPES[] = {
-    {"float32", DType::float32}, {"bfloat16", DType::bfloat16}, {"float16", DType::float16}};
+// The words that cross the border, each written once; those of dtypes in words.h.
 constexpr std::pair<const char*, CodecKind> CODECS[] = {
     {"table", CodecKind::table}, {"affine", CodecKind::affine}, {"e4m3", CodecKind::e4m3}, {"e5m2", CodecKind::e5m2}};
 constexpr std::pair<const char*, ScaleKind> SCALES[] = {{"float", ScaleKind::number},
@@ -28,16 +27,6 @@ constexpr std::pair<const char*, ScaleKind> SCALES[] = {{"float", ScaleKind::num
                                                         {"e8m0", ScaleKind::e8m0},
                                                         {"double", ScaleKind::double_quant},
                                                         {"super", ScaleKind::super}};
-
-template <class Kind, size_t COUNT>
-Kind parse(const std::pair<const char*, Kind> (&words)[COUNT], const std::string& word) {
-    std::string known;
-    for (const auto& [name, kind] : words) {
-        if (word == name) return kind;
-        known += (known.empty() ? "" : ", ") + std::string(name);
-    }
-    throw std::invalid_argument("unknown kind " + word + ": expected one of " + known);
-}
 
 template <class Kind, size_t COUNT>
 std::vector<std::string> names(const std::pair<const char*, Kind> (&words)[COUNT]) {

@@ -5,7 +5,6 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <map>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -13,6 +12,7 @@
 
 #include "dispatch.h"
 #include "quantize_types.h"
+#include "words.h"
 
 namespace py = pybind11;
 
@@ -20,24 +20,11 @@ namespace quantlib::cpu {
 
 namespace {
 
-template <class Kind>
-Kind parse(const std::map<std::string, Kind>& words, const std::string& word) {
-    const auto found = words.find(word);
-    if (found != words.end()) return found->second;
-    std::string known;
-    for (const auto& each : words) known += (known.empty() ? "" : ", ") + each.first;
-    throw std::invalid_argument("unknown kind " + word + ": expected one of " + known);
-}
-
-const std::map<std::string, DType> DTYPES = {
-    {"float32", DType::float32}, {"bfloat16", DType::bfloat16}, {"float16", DType::float16}};
-const std::map<std::string, RoundingKind> ROUNDINGS = {
-    {"affine", RoundingKind::affine}, {"table", RoundingKind::table}, {"minifloat", RoundingKind::minifloat}};
 // "exact": a scale is kept as it is until all of them are stored.
-const std::map<std::string, ScaleKind> SCALES = {{"float", ScaleKind::number},
-                                                 {"e4m3_global", ScaleKind::e4m3_global},
-                                                 {"e8m0", ScaleKind::e8m0},
-                                                 {"exact", ScaleKind::super}};
+constexpr std::pair<const char*, ScaleKind> SCALES[] = {{"float", ScaleKind::number},
+                                                        {"e4m3_global", ScaleKind::e4m3_global},
+                                                        {"e8m0", ScaleKind::e8m0},
+                                                        {"exact", ScaleKind::super}};
 
 // fp32, as addresses: scale, zero and minimum, 0 where there is none; vv, vw, ww, v, w.
 using NumberAddresses = std::array<uintptr_t, 3>;

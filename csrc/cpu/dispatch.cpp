@@ -77,7 +77,8 @@ void choose_isa() {
     if (wanted == nullptr || *wanted == '\0') return;
     const auto limit = std::find(KNOWN.begin(), KNOWN.end(), wanted);
     if (limit == KNOWN.end()) {
-        throw std::invalid_argument("QUANTLIB_CPU_ISA=" + std::string(wanted) + " is unknown: expected scalar, avx2, avx512 or avx512_bf16");
+        throw std::invalid_argument("QUANTLIB_CPU_ISA=" + std::string(wanted) +
+                                    " is unknown: expected scalar, avx2, avx512 or avx512_bf16");
     }
     for (const Isa& each : available()) {
         if (std::find(KNOWN.begin(), KNOWN.end(), each.name) <= limit) current = &each;

@@ -111,7 +111,12 @@ class PairsRow {
     uint8_t tail_[3][SPAN];
 };
 
-// Call `with` a decoder for this plan's codes.
+// A Shift as a type.
+template <Shift SHIFT>
+struct Shifted {
+    static constexpr Shift shift = SHIFT;
+};
+
 template <class With>
 inline void with_codes(const Plan& plan, With with) {
     switch (plan.bits) {
@@ -121,6 +126,16 @@ inline void with_codes(const Plan& plan, With with) {
         case 5: return with(BookCodes<5>(plan));
         case 6: return with(BookCodes<6>(plan));
         default: return with(ByteCodes(plan));
+    }
+}
+
+// Call `with` a decoder for this plan's codes, and what is subtracted from them.
+template <class With>
+inline void with_decoder(const Plan& plan, With with) {
+    switch (shift_of(plan)) {
+        case Shift::none: return with_codes(plan, [&](const auto& codes) { with(codes, Shifted<Shift::none>()); });
+        case Shift::zero: return with_codes(plan, [&](const auto& codes) { with(codes, Shifted<Shift::zero>()); });
+        case Shift::minimum: return with_codes(plan, [&](const auto& codes) { with(codes, Shifted<Shift::minimum>()); });
     }
 }
 

@@ -113,28 +113,19 @@ struct PairsDgrad {
         }
     }
 
-    template <Shift SHIFT>
     void spans(int64_t from, int64_t to, const DgradMemory& memory) const {
-        with_codes(*call.plan, [&](const auto& codes) {
+        with_decoder(*call.plan, [&](const auto& codes, auto shifted) {
             for (int64_t start = from; start < to; start += DGRAD_SPANS) {
                 const int64_t stop = least(to, start + DGRAD_SPANS);
                 memset(memory.sums, 0, call.m * BLOCK_COLUMNS * sizeof(float));
                 for (int64_t row = 0; row < call.plan->n; row += DGRAD_ROWS) {
                     const int64_t pairs = (least(DGRAD_ROWS, call.plan->n - row) + 1) / 2;
-                    this->template decode<SHIFT>(codes, row, pairs, start, stop, memory);
+                    this->template decode<decltype(shifted)::shift>(codes, row, pairs, start, stop, memory);
                     multiply(row, pairs, stop - start, memory);
                 }
                 write(start * SPAN, stop - start, memory.sums);
             }
         });
-    }
-
-    void spans(int64_t from, int64_t to, const DgradMemory& memory) const {
-        switch (shift_of(*call.plan)) {
-            case Shift::none: return spans<Shift::none>(from, to, memory);
-            case Shift::zero: return spans<Shift::zero>(from, to, memory);
-            case Shift::minimum: return spans<Shift::minimum>(from, to, memory);
-        }
     }
 };
 

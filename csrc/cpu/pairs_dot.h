@@ -103,6 +103,16 @@ struct PairsDot {
         }
     }
 
+    // Two rows of W with rows m ... of x, M at a time as long as there are M.
+    template <Shift SHIFT, int M, int PLANES, class Codes>
+    inline void some_xs(const Codes& codes, const PairsRow (&rows)[DOT_ROWS], const DotMemory& memory, int64_t& m,
+                        float* values) const {
+        for (; m + M <= call.m; m += M) {
+            dot_rows<SHIFT, M, PLANES>(*call.plan, codes, rows, memory.numbers, x.from_row(m), spans,
+                                       values + m * DOT_ROWS * WRITE_ROWS);
+        }
+    }
+
     // Two rows of W with every row of x, as many at a time as registers hold.
     template <Shift SHIFT, int PLANES, class Codes>
     inline void two_rows(const Codes& codes, int64_t first, int64_t second, const DotMemory& memory, float* values) const {
@@ -110,38 +120,25 @@ struct PairsDot {
         expand_row(plan, call.parts, first, memory.numbers[0], plan.span_piece);
         expand_row(plan, call.parts, second, memory.numbers[1], plan.span_piece);
         const PairsRow rows[DOT_ROWS] = {{plan, call.parts, first}, {plan, call.parts, second}};
-        constexpr int MOST = PLANES == 1 ? 4 : 2;
         int64_t m = 0;
         if constexpr (PLANES == 1) {
-            for (; m + 8 <= call.m; m += 8) {
-                dot_rows<SHIFT, 8, PLANES>(plan, codes, rows, memory.numbers, x.from_row(m), spans,
-                                              values + m * DOT_ROWS * WRITE_ROWS);
-            }
+            some_xs<SHIFT, 8, PLANES>(codes, rows, memory, m, values);
+            some_xs<SHIFT, 4, PLANES>(codes, rows, memory, m, values);
         }
-        for (; m + MOST <= call.m; m += MOST) {
-            dot_rows<SHIFT, MOST, PLANES>(plan, codes, rows, memory.numbers, x.from_row(m), spans,
-                                          values + m * DOT_ROWS * WRITE_ROWS);
-        }
-        for (; m + 2 <= call.m; m += 2) {
-            dot_rows<SHIFT, 2, PLANES>(plan, codes, rows, memory.numbers, x.from_row(m), spans,
-                                          values + m * DOT_ROWS * WRITE_ROWS);
-        }
-        if (m < call.m) {
-            dot_rows<SHIFT, 1, PLANES>(plan, codes, rows, memory.numbers, x.from_row(m), spans,
-                                          values + m * DOT_ROWS * WRITE_ROWS);
-        }
+        some_xs<SHIFT, 2, PLANES>(codes, rows, memory, m, values);
+        some_xs<SHIFT, 1, PLANES>(codes, rows, memory, m, values);
     }
 
-    template <Shift SHIFT, int PLANES>
-    void rows(int64_t start, int64_t stop, const DotMemory& memory) const {
-        with_codes(*call.plan, [&](const auto& codes) {
+    template <int PLANES>
+    void rows_of_planes(int64_t start, int64_t stop, const DotMemory& memory) const {
+        with_decoder(*call.plan, [&](const auto& codes, auto shifted) {
             // The rows of a pair lie half the range apart, so that each is one of a stream without gaps.
             const int64_t half = (stop - start + 1) / 2;
             for (int64_t done = 0; done < half; done += WRITE_ROWS) {
                 const int64_t first = start + done, second = first + half, count = least(WRITE_ROWS, half - done);
                 for (int64_t r = 0; r < count; ++r) {
-                    this->template two_rows<SHIFT, PLANES>(codes, first + r, least(second + r, stop - 1), memory,
-                                                           memory.values + r);
+                    this->template two_rows<decltype(shifted)::shift, PLANES>(codes, first + r, least(second + r, stop - 1),
+                                                                              memory, memory.values + r);
                 }
                 write(first, count, memory.values);
                 write(second, least(count, stop - second), memory.values + WRITE_ROWS);
@@ -149,20 +146,11 @@ struct PairsDot {
         });
     }
 
-    template <Shift SHIFT>
     void rows(int64_t start, int64_t stop, const DotMemory& memory) const {
         switch (planes_in(call.dtype)) {
-            case 1: return rows<SHIFT, 1>(start, stop, memory);
-            case 2: return rows<SHIFT, 2>(start, stop, memory);
-            default: return rows<SHIFT, 3>(start, stop, memory);
-        }
-    }
-
-    void rows(int64_t start, int64_t stop, const DotMemory& memory) const {
-        switch (shift_of(*call.plan)) {
-            case Shift::none: return rows<Shift::none>(start, stop, memory);
-            case Shift::zero: return rows<Shift::zero>(start, stop, memory);
-            case Shift::minimum: return rows<Shift::minimum>(start, stop, memory);
+            case 1: return rows_of_planes<1>(start, stop, memory);
+            case 2: return rows_of_planes<2>(start, stop, memory);
+            default: return rows_of_planes<3>(start, stop, memory);
         }
     }
 };

@@ -126,28 +126,19 @@ struct PairsTile {
         }
     }
 
-    template <Shift SHIFT>
     void rows(int64_t from, int64_t to, const TileMemory& memory) const {
-        with_codes(*call.plan, [&](const auto& codes) {
+        with_decoder(*call.plan, [&](const auto& codes, auto shifted) {
             for (int64_t row = from; row < to; row += BLOCK_ROWS) {
                 const int64_t count = least(BLOCK_ROWS, to - row);
                 memset(memory.sums, 0, call.m * BLOCK_ROWS * sizeof(float));
                 for (int64_t start = 0; start < spans; start += BLOCK_SPANS) {
                     const int64_t stop = least(spans, start + BLOCK_SPANS);
-                    this->template decode<SHIFT>(codes, row, count, start, stop, memory);
+                    this->template decode<decltype(shifted)::shift>(codes, row, count, start, stop, memory);
                     multiply(count, start, stop, memory);
                 }
                 write(row, count, memory);
             }
         });
-    }
-
-    void rows(int64_t from, int64_t to, const TileMemory& memory) const {
-        switch (shift_of(*call.plan)) {
-            case Shift::none: return rows<Shift::none>(from, to, memory);
-            case Shift::zero: return rows<Shift::zero>(from, to, memory);
-            case Shift::minimum: return rows<Shift::minimum>(from, to, memory);
-        }
     }
 };
 

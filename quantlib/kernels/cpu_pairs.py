@@ -7,7 +7,7 @@ Many rows, and dX, run at the speed of the instruction: blocks of W are decoded 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,18 +34,37 @@ def exact_in_bf16(fmt: Format) -> bool:
     return torch.equal(values.to(torch.bfloat16).to(torch.float32).nan_to_num(), values.nan_to_num())
 
 
-def pairs_refusal(problem: Problem) -> str | None:
-    """Why no kernel of this file can run the problem, or None."""
-    why = refusal(problem)
-    if why is not None:
-        return why
-    if not cpu.has_pairs():
-        return f"multiplies bf16 pairs, which needs AVX-512 BF16 and VBMI; {cpu.isa()} runs here"
-    if problem.batch_invariant:
-        return "dispatch takes another kernel for another batch, and batch_invariant is set: cpu_linear serves every one"
-    if problem.format.codec.bits not in CODE_BITS:
-        return f"looks up codes of {', '.join(map(str, CODE_BITS))} bits, not {problem.format.codec.bits}"
-    return None
+class PairsKernel(Kernel):
+    """What the kernels of this file share. `function` is the extension's."""
+
+    backend = "cpu"
+    function: ClassVar[str]
+
+    def supports(self, problem: Problem) -> str | None:
+        """Why the kernel can't run the problem, or None."""
+        why = refusal(problem)
+        if why is not None:
+            return why
+        if not cpu.has_pairs():
+            return f"multiplies bf16 pairs, which needs AVX-512 BF16 and VBMI; {cpu.isa()} runs here"
+        if problem.batch_invariant:
+            return "dispatch takes another kernel for another batch, and batch_invariant is set: cpu_linear serves every one"
+        if problem.format.codec.bits not in CODE_BITS:
+            return f"looks up codes of {', '.join(map(str, CODE_BITS))} bits, not {problem.format.codec.bits}"
+        return None
+
+    def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
+        n, k = weight.shape
+        contracted, width = (k, n) if self.operation == "linear" else (n, k)
+        y = x.new_empty(x.shape[0], width)
+        if not y.numel():
+            return y
+        if not contracted and self.operation == "dgrad":
+            return y.zero_()
+        function, packed, x = getattr(cpu.native(), self.function), Packed.of(weight), rounded_activations(problem, x)
+        for start in range(0, x.shape[0], ROWS_AT_ONCE):
+            packed.product(function, x[start : start + ROWS_AT_ONCE], bias, y[start : start + ROWS_AT_ONCE])
+        return y
 
 
 def _decode_rate(problem: Problem, narrow: float, wide: float) -> float:
@@ -53,22 +72,17 @@ def _decode_rate(problem: Problem, narrow: float, wide: float) -> float:
     return narrow if problem.format.codec.bits <= 6 and problem.format.zero == "none" else wide
 
 
-def _in_chunks(function: Any, packed: Packed, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    for start in range(0, x.shape[0], ROWS_AT_ONCE):
-        packed.product(function, x[start : start + ROWS_AT_ONCE], bias, out[start : start + ROWS_AT_ONCE])
-
-
-class CpuPairsDot(Kernel):
+class CpuPairsDot(PairsKernel):
     name = "cpu_pairs_dot"
-    backend = "cpu"
     operation = "linear"
+    function = "pairs_dot"
     scaling = (
         "code values in bf16 (exact; entries of code books that bf16 doesn't hold are rounded, for bf16 x alone); scales, "
         "zeros and minima on fp32 sums of eight columns"
     )
 
     def supports(self, problem: Problem) -> str | None:
-        why = pairs_refusal(problem)
+        why = super().supports(problem)
         if why is None and problem.dtype is not torch.bfloat16 and not exact_in_bf16(problem.format):
             return f"takes a format whose values bf16 doesn't hold ({problem.format}) for bf16 x alone"
         return why
@@ -77,55 +91,36 @@ class CpuPairsDot(Kernel):
         rate = _decode_rate(problem, 60.0, 22.0)
         return predicted(problem, self.name, rate, peak_share=1.68 / PLANES[problem.dtype])
 
-    def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
-        y = x.new_empty(x.shape[0], weight.shape[0])
-        if y.numel():
-            _in_chunks(cpu.native().pairs_dot, Packed.of(weight), rounded_activations(problem, x), bias, y)
-        return y
 
+class RoundedPairsKernel(PairsKernel):
+    """Weights are rounded to bf16, which suits bf16 x alone."""
 
-class CpuPairsTile(Kernel):
-    name = "cpu_pairs_tile"
-    backend = "cpu"
-    operation = "linear"
     scaling = ROUNDED_TO_BF16
 
     def supports(self, problem: Problem) -> str | None:
         if problem.dtype is not torch.bfloat16:
-            return f"multiplies bf16; x is {str(problem.dtype).removeprefix('torch.')}"
-        return pairs_refusal(problem)
+            return (
+                f"multiplies bf16; {'x' if self.operation == 'linear' else 'dY'} is {str(problem.dtype).removeprefix('torch.')}"
+            )
+        return super().supports(problem)
+
+
+class CpuPairsTile(RoundedPairsKernel):
+    name = "cpu_pairs_tile"
+    operation = "linear"
+    function = "pairs_tile"
 
     def cost(self, problem: Problem) -> float:
         return predicted(problem, self.name, _decode_rate(problem, 18.0, 12.0), peak_share=2.0)
 
-    def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
-        y = x.new_empty(x.shape[0], weight.shape[0])
-        if y.numel():
-            _in_chunks(cpu.native().pairs_tile, Packed.of(weight), rounded_activations(problem, x), bias, y)
-        return y
 
-
-class CpuPairsDgrad(Kernel):
+class CpuPairsDgrad(RoundedPairsKernel):
     name = "cpu_pairs_dgrad"
-    backend = "cpu"
     operation = "dgrad"
-    scaling = ROUNDED_TO_BF16
-
-    def supports(self, problem: Problem) -> str | None:
-        if problem.dtype is not torch.bfloat16:
-            return f"multiplies bf16; dY is {str(problem.dtype).removeprefix('torch.')}"
-        return pairs_refusal(problem)
+    function = "pairs_dgrad"
 
     def cost(self, problem: Problem) -> float:
         return predicted(problem, self.name, _decode_rate(problem, 9.0, 7.0), peak_share=1.9)
-
-    def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
-        if weight.shape[0] == 0:
-            return x.new_zeros(x.shape[0], weight.shape[1])
-        dx = x.new_empty(x.shape[0], weight.shape[1])
-        if dx.numel():
-            _in_chunks(cpu.native().pairs_dgrad, Packed.of(weight), x, None, dx)
-        return dx
 
 
 register_kernel(CpuPairsDot())

@@ -113,3 +113,25 @@ def build(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> Modu
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+Edit = tuple[str, str, str]
+"""A file of csrc/cuda/sm90, what stands there, once, and what stands there instead."""
+
+
+def build_edited(folder: Path, source: Path, *edits: Edit) -> ModuleType:
+    """The module of `source`, a file that reads ONE_TILE and MODULE, from a copy of the Hopper kernels' headers with edits."""
+    for name in ("common", "sm80"):
+        (folder / name).symlink_to(CUDA / name)
+    (folder / "sm90").mkdir()
+    for path in sorted((CUDA / "sm90").glob("*.h")):
+        text = path.read_text()
+        for file, right, wrong in edits:
+            if path.name == file:
+                assert text.count(right) == 1, right
+                text = text.replace(right, wrong)
+        (folder / "sm90" / path.name).write_text(text)
+    module = f"simt_{folder.name}"
+    edited = folder / f"{module}.cpp"
+    edited.write_text(f"#define ONE_TILE\n#define MODULE {module}\n{source.read_text()}")
+    return build(module, [edited])

@@ -1,0 +1,27 @@
+// Words by which Python names kinds.
+#pragma once
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "types.h"
+
+namespace quantlib::cpu {
+
+inline constexpr std::pair<const char*, DType> DTYPES[] = {
+    {"float32", DType::float32}, {"bfloat16", DType::bfloat16}, {"float16", DType::float16}};
+
+// Throws std::invalid_argument where the word is unknown.
+template <class Kind, size_t COUNT>
+inline Kind parse(const std::pair<const char*, Kind> (&words)[COUNT], const std::string& word) {
+    std::string known;
+    for (const auto& [name, kind] : words) {
+        if (word == name) return kind;
+        known += (known.empty() ? "" : ", ") + std::string(name);
+    }
+    throw std::invalid_argument("unknown kind " + word + ": expected one of " + known);
+}
+
+}  // namespace quantlib::cpu
