@@ -61,6 +61,8 @@ def units(compiler: Compiler, include: tuple[str, ...], openmp: bool, facts: dic
         unit("dispatch.cpp", "dispatch", *has),
         unit("bindings.cpp", "bindings", *include, compiled_by, *threads),
         unit("bindings_quantize.cpp", "bindings_quantize", *include),
+        unit("bindings_program.cpp", "bindings_program", *include),
+        unit("program.cpp", "program"),
     ]
 
 

@@ -9,8 +9,10 @@
 #include <string>
 #include <utility>
 
+#include "bindings_program.h"
 #include "bindings_quantize.h"
 #include "dispatch.h"
+#include "program.h"
 #include "types.h"
 #include "words.h"
 
@@ -120,8 +122,6 @@ Parts make_parts(const Plan& plan, const py::dict& parts) {
             address<uint8_t>(parts, "super_minima", super && plan.has_minimum)};
 }
 
-using Product = bool (*Kernels::*)(const LinearCall&);
-
 template <Product KERNEL>
 void linear(const Plan& plan, const Parts& parts, int64_t m, const std::string& dtype, uintptr_t x, int64_t x_row_stride,
             int64_t x_column_stride, uintptr_t bias, uintptr_t y, int threads) {
@@ -209,6 +209,7 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("set_isa", &set_isa, py::arg("name"), "Choose an available set (for tests and comparisons).");
     module.def("build_info", &build_info, "What was built: isas, isa, compiler, openmp, pybind11.");
     bind_quantize(module);
+    bind_program(module);
     module.attr("DTYPES") = py::cast(names(DTYPES));
     module.attr("CODECS") = py::cast(names(CODECS));
     module.attr("SCALES") = py::cast(names(SCALES));

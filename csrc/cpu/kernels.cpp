@@ -1,4 +1,5 @@
 // Compiled once per instruction set (build_tools/cpu.py): everything the set offers, behind one table of functions.
+#include "decoding.h"
 #include "dequantize.h"
 #include "encode.h"
 #include "extremes.h"
@@ -11,10 +12,28 @@
 namespace quantlib::cpu::QUANTLIB_ISA {
 
 extern const Kernels kernels;
+const Kernels kernels = {
+    linear,
 #ifdef QUANTLIB_HAS_PAIRS
-const Kernels kernels = {linear, pairs_dot, pairs_tile, pairs_dgrad, dequantize, extremes, encode, sums, search};
+    pairs_dot,
+    pairs_tile,
+    pairs_dgrad,
 #else
-const Kernels kernels = {linear, nullptr, nullptr, nullptr, dequantize, extremes, encode, sums, search};
+    nullptr,
+    nullptr,
+    nullptr,
 #endif
+    dequantize,
+    extremes,
+    encode,
+    sums,
+    search,
+    rms_norm,
+    rotate,
+    attention,
+    gate,
+    add_to,
+    dense,
+};
 
 }  // namespace quantlib::cpu::QUANTLIB_ISA

@@ -75,6 +75,13 @@ struct ExtremesCall;
 struct EncodeCall;
 struct SumsCall;
 struct SearchCall;
+// Between products, one token at a time: decoding_types.h.
+struct NormCall;
+struct RotateCall;
+struct AttentionCall;
+struct GateCall;
+struct AddCall;
+struct DenseCall;
 
 // Those that return bool return false where scratch memory could not be had. Those with `pairs` are null where an instruction
 // set has no products of bf16 pairs.
@@ -88,6 +95,12 @@ struct Kernels {
     Outcome (*encode)(const EncodeCall&);
     Outcome (*sums)(const SumsCall&);
     Outcome (*search)(const SearchCall&);
+    bool (*rms_norm)(const NormCall&);
+    bool (*rotate)(const RotateCall&);
+    bool (*attention)(const AttentionCall&);
+    bool (*gate)(const GateCall&);
+    bool (*add_to)(const AddCall&);
+    bool (*dense)(const DenseCall&);
 };
 
 }  // namespace quantlib::cpu

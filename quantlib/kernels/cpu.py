@@ -283,6 +283,7 @@ class CpuLinear(Kernel):
     name = "cpu_linear"
     backend = "cpu"
     operation = "linear"
+    function = "linear"
     scaling = "weights decoded in fp32 and not rounded; fp32 products and sums, rounded once to x's dtype"
 
     def supports(self, problem: Problem) -> str | None:

@@ -1,0 +1,221 @@
+// The small steps between products of one token: sums are fp32; a result is rounded to the dtype wherever a model written in
+// torch would round it, so that both agree. No result depends on the number of threads.
+#pragma once
+
+#include "convert.h"
+#include "decoding_types.h"
+#include "rows.h"
+
+namespace quantlib::cpu::QUANTLIB_ISA {
+
+inline const uint8_t* at(const void* from, DType dtype, int64_t element) {
+    return static_cast<const uint8_t*>(from) + element * item_size(dtype);
+}
+inline uint8_t* at(void* to, DType dtype, int64_t element) { return static_cast<uint8_t*>(to) + element * item_size(dtype); }
+
+// `count` numbers as they are after one trip through the dtype.
+inline void round_numbers(DType dtype, float* numbers, int64_t count) {
+    if (dtype == DType::float32) return;
+    uint8_t stored[CHUNK * 2];
+    for (int64_t start = 0; start < count; start += CHUNK) {
+        const int64_t length = least(CHUNK, count - start);
+        write_numbers(dtype, numbers + start, length, stored);
+        read_numbers(dtype, stored, length, numbers + start);
+    }
+}
+
+// e^a, within 2 units in the last place; 0 below -87, which is all that a softmax and a sigmoid ask for.
+inline Floats exponential(Floats a) {
+    const Floats low = broadcast(-87.0f);
+    const Floats inside = minimum(maximum(a, low), broadcast(88.0f));
+    const Floats power = round_even(multiply(inside, broadcast(1.44269504f)));
+    Floats rest = multiply_add(power, broadcast(-0.693359375f), inside);
+    rest = multiply_add(power, broadcast(2.12194440e-4f), rest);
+    constexpr float FACTORS[] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+    Floats series = zero();
+    for (float factor : FACTORS) series = multiply_add(series, rest, broadcast(factor));
+    const Floats scaled = as_floats(add(as_ints(series), shift_left<23>(integer(power))));
+    return pick(less(a, low), zero(), scaled);
+}
+
+// x as whole vectors of fp32, zeros behind `count`.
+inline void read_padded(DType dtype, const void* x, int64_t count, float* to) {
+    memset(to + count, 0, (round_up(count, CHUNK) - count) * sizeof(float));
+    read_numbers(dtype, x, count, to);
+}
+
+inline bool rms_norm(const NormCall& call) {
+    const int64_t padded = round_up(call.width, CHUNK);
+    const Scratch scratch(2 * padded);
+    if (scratch.floats == nullptr) return false;
+    float *x = scratch.floats, *weight = x + padded;
+    read_padded(call.dtype, call.weight, call.width, weight);
+    for (int64_t row = 0; row < call.rows; ++row) {
+        read_padded(call.dtype, at(call.x, call.dtype, row * call.width), call.width, x);
+        Floats squares = zero();
+        for (int64_t i = 0; i < padded; i += LANES) squares = multiply_add(load(x + i), load(x + i), squares);
+        const float mean = sum(squares) / float(call.width) + call.epsilon;
+        const Floats factor = broadcast(1.0f / __builtin_sqrtf(mean));
+        for (int64_t i = 0; i < padded; i += LANES) store(x + i, multiply(load(x + i), factor));
+        round_numbers(call.dtype, x, call.width);
+        for (int64_t i = 0; i < padded; i += LANES) store(x + i, multiply(load(x + i), load(weight + i)));
+        write_numbers(call.dtype, x, call.width, at(call.y, call.dtype, row * call.width));
+    }
+    return true;
+}
+
+inline bool rotate(const RotateCall& call) {
+    const int64_t half = call.width / 2;
+    const Scratch scratch(6 * call.width);
+    if (scratch.floats == nullptr) return false;
+    float *x = scratch.floats, *cosine = x + call.width, *sine = cosine + call.width, *turned = sine + call.width;
+    if (call.cosine != nullptr) {
+        read_numbers(call.dtype, call.cosine, call.width, cosine);
+        read_numbers(call.dtype, call.sine, call.width, sine);
+    }
+    for (int64_t head = 0; head < call.heads; ++head) {
+        read_numbers(call.dtype, at(call.x, call.dtype, head * call.width), call.width, x);
+        if (call.cosine != nullptr) {
+            for (int64_t i = 0; i < call.width; ++i) turned[i] = (i < half ? -x[i + half] : x[i - half]) * sine[i];
+            for (int64_t i = 0; i < call.width; ++i) x[i] *= cosine[i];
+            round_numbers(call.dtype, x, call.width);
+            round_numbers(call.dtype, turned, call.width);
+            for (int64_t i = 0; i < call.width; ++i) x[i] += turned[i];
+        }
+        write_numbers(call.dtype, x, call.width, at(call.y, call.dtype, head * call.y_stride));
+    }
+    return true;
+}
+
+// One head of attention over rows of D; q is fp32, scores [positions rounded up to whole vectors], sums [width].
+template <DType D>
+inline void attend(const AttentionCall& call, int64_t head, const float* q, float* scores, float* sums) {
+    constexpr int SIZE = D == DType::float32 ? 4 : 2;
+    const int64_t group = head / (call.heads / call.key_heads), first = group * call.capacity * call.width;
+    const uint8_t *keys = at(call.keys, D, first), *values = at(call.values, D, first);
+    float greatest = -__builtin_inff();
+    for (int64_t t = 0; t < call.positions; ++t) {
+        const uint8_t* key = keys + t * call.width * SIZE;
+        Floats products = zero();
+        for (int64_t i = 0; i < call.width; i += LANES) {
+            products = multiply_add(load(q + i), load_as<D>(key + i * SIZE), products);
+        }
+        scores[t] = sum(products) * call.scale;
+        if (scores[t] > greatest) greatest = scores[t];
+    }
+    const int64_t padded = round_up(call.positions, LANES);
+    for (int64_t t = call.positions; t < padded; ++t) scores[t] = -__builtin_inff();
+    Floats total = zero();
+    for (int64_t t = 0; t < padded; t += LANES) {
+        const Floats weight = exponential(subtract(load(scores + t), broadcast(greatest)));
+        store(scores + t, weight);
+        total = add(total, weight);
+    }
+    memset(sums, 0, call.width * sizeof(float));
+    for (int64_t t = 0; t < call.positions; ++t) {
+        const Floats weight = broadcast(scores[t]);
+        const uint8_t* value = values + t * call.width * SIZE;
+        for (int64_t i = 0; i < call.width; i += LANES) {
+            store(sums + i, multiply_add(weight, load_as<D>(value + i * SIZE), load(sums + i)));
+        }
+    }
+    const Floats share = broadcast(1.0f / sum(total));
+    for (int64_t i = 0; i < call.width; i += LANES) store(sums + i, multiply(load(sums + i), share));
+}
+
+inline bool attention(const AttentionCall& call) {
+    const int64_t own = round_up(call.positions, CHUNK) + 2 * round_up(call.width, CHUNK);
+    const int threads = useful_threads(call.heads * call.positions * call.width, call.threads);
+    const Scratch scratch(threads * own);
+    if (scratch.floats == nullptr) return false;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int thread = 0; thread < threads; ++thread) {
+        float *q = scratch.floats + thread * own, *sums = q + round_up(call.width, CHUNK);
+        float* scores = sums + round_up(call.width, CHUNK);
+        for (int64_t head = call.heads * thread / threads; head < call.heads * (thread + 1) / threads; ++head) {
+            read_numbers(call.dtype, at(call.q, call.dtype, head * call.width), call.width, q);
+            switch (call.dtype) {
+                case DType::float32: attend<DType::float32>(call, head, q, scores, sums); break;
+                case DType::bfloat16: attend<DType::bfloat16>(call, head, q, scores, sums); break;
+                case DType::float16: attend<DType::float16>(call, head, q, scores, sums); break;
+            }
+            write_numbers(call.dtype, sums, call.width, at(call.y, call.dtype, head * call.width));
+        }
+    }
+    return true;
+}
+
+inline bool gate(const GateCall& call) {
+    float gates[CHUNK], ups[CHUNK];
+    for (int64_t start = 0; start < call.count; start += CHUNK) {
+        const int64_t length = least(CHUNK, call.count - start);
+        read_padded(call.dtype, at(call.gate, call.dtype, start), length, gates);
+        read_padded(call.dtype, at(call.up, call.dtype, start), length, ups);
+        for (int i = 0; i < CHUNK; i += LANES) {
+            const Floats x = load(gates + i), below = add(broadcast(1.0f), exponential(subtract(zero(), x)));
+            store(gates + i, divide(x, below));
+        }
+        round_numbers(call.dtype, gates, CHUNK);
+        for (int i = 0; i < CHUNK; i += LANES) store(gates + i, multiply(load(gates + i), load(ups + i)));
+        write_numbers(call.dtype, gates, length, at(call.y, call.dtype, start));
+    }
+    return true;
+}
+
+inline bool add_to(const AddCall& call) {
+    float xs[CHUNK], ys[CHUNK];
+    for (int64_t start = 0; start < call.count; start += CHUNK) {
+        const int64_t length = least(CHUNK, call.count - start);
+        read_padded(call.dtype, at(call.x, call.dtype, start), length, xs);
+        read_padded(call.dtype, at(call.y, call.dtype, start), length, ys);
+        for (int i = 0; i < CHUNK; i += LANES) store(ys + i, add(load(xs + i), load(ys + i)));
+        write_numbers(call.dtype, ys, length, at(call.y, call.dtype, start));
+    }
+    return true;
+}
+
+// Rows [start, stop) of W, each as four chains of sums.
+template <DType D>
+inline void dense_rows(const DenseCall& call, const float* x, int64_t start, int64_t stop) {
+    constexpr int SIZE = D == DType::float32 ? 4 : 2;
+    const int64_t whole = call.k / CHUNK * CHUNK;
+    for (int64_t row = start; row < stop; ++row) {
+        const uint8_t* weight = at(call.weight, D, row * call.k);
+        Floats chains[4] = {zero(), zero(), zero(), zero()};
+        for (int64_t column = 0; column < whole; column += CHUNK) {
+            __builtin_prefetch(weight + column * SIZE + 1024);
+            for (int v = 0; v < VECTORS; ++v) {
+                const int64_t i = column + v * LANES;
+                chains[v % 4] = multiply_add(load(x + i), load_as<D>(weight + i * SIZE), chains[v % 4]);
+            }
+        }
+        float rest[CHUNK] = {}, value = sum(add(add(chains[0], chains[1]), add(chains[2], chains[3])));
+        if (whole < call.k) read_numbers(D, weight + whole * SIZE, call.k - whole, rest);
+        for (int64_t column = whole; column < call.k; ++column) value += rest[column - whole] * x[column];
+        if (call.bias != nullptr) {
+            float bias;
+            read_numbers(D, at(call.bias, D, row), 1, &bias);
+            value += bias;
+        }
+        write_numbers(D, &value, 1, at(call.y, D, row));
+    }
+}
+
+inline bool dense(const DenseCall& call) {
+    const Scratch scratch(round_up(call.k, CHUNK));
+    if (scratch.floats == nullptr) return false;
+    read_padded(call.dtype, call.x, call.k, scratch.floats);
+    const int threads = useful_threads(call.n * call.k, call.threads);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int thread = 0; thread < threads; ++thread) {
+        const int64_t start = call.n * thread / threads, stop = call.n * (thread + 1) / threads;
+        switch (call.dtype) {
+            case DType::float32: dense_rows<DType::float32>(call, scratch.floats, start, stop); break;
+            case DType::bfloat16: dense_rows<DType::bfloat16>(call, scratch.floats, start, stop); break;
+            case DType::float16: dense_rows<DType::float16>(call, scratch.floats, start, stop); break;
+        }
+    }
+    return true;
+}
+
+}  // namespace quantlib::cpu::QUANTLIB_ISA

@@ -1,0 +1,254 @@
+"""Generating text on a CPU, one token after another, without torch between the products.
+
+A forward pass for one token of a small model takes transformers longer than the multiplications themselves: some forty calls
+per layer. A Decoder lists a model's calls once (quantlib/kernels/cpu_program.py); from then on a token is one call. Prompts go
+through the model itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantlib import dispatch
+from quantlib.errors import QuantlibError
+from quantlib.kernels.base import get_declaration
+from quantlib.kernels.cpu_program import Program, function_of
+from quantlib.nn import QuantLinear
+
+MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""Models whose forward pass is the one that `_Builder` lists."""
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose angles depend on the position alone."""
+
+Pick = Callable[[Tensor], int]
+"""Logits [vocabulary] -> a token."""
+
+
+def greedy(logits: Tensor) -> int:
+    """The likeliest token."""
+    return int(logits.argmax())
+
+
+class Decoder:
+    """Generates with a causal language model of transformers on the CPU, batch 1, quantized layers and plain ones alike.
+
+    model        one of MODELS, in evaluation mode, on the CPU, in fp32, bf16 or fp16
+    max_length   positions that the cache holds: prompt and answer together
+
+    The decoder reads the model's weights where they lie. Results agree with the model's own to the rounding of sums. Raises
+    QuantlibError naming what in the model it can't run; `model.generate` runs everything.
+    """
+
+    def __init__(self, model: Any, max_length: int = 2048) -> None:
+        _check(model, max_length)
+        self.model, self.max_length = model, max_length
+        self.position = 0
+        config = model.config
+        shape = (config.num_key_value_heads, max_length, _head_width(config))
+        dtype = model.model.embed_tokens.weight.dtype
+        self.caches = [
+            (torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in range(config.num_hidden_layers)
+        ]
+        self._program: Program | None = None
+        self._built_for: tuple[Any, ...] = ()
+        self._logits = torch.empty(0)
+
+    def reset(self) -> None:
+        """Forget every position."""
+        self.position = 0
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor) -> Tensor:
+        """Add tokens [T] behind the present position; returns the logits [vocabulary] behind the last of them."""
+        from transformers import DynamicCache
+
+        ids = ids.reshape(-1)
+        self._check_room(ids.numel())
+        cache = DynamicCache(config=self.model.config)
+        if self.position:
+            for layer, (keys, values) in enumerate(self.caches):
+                cache.update(keys[None, :, : self.position], values[None, :, : self.position], layer)
+        stop = self.position + ids.numel()
+        positions = torch.arange(self.position, stop)
+        found = self.model.model(input_ids=ids[None], past_key_values=cache, position_ids=positions[None], use_cache=True)
+        for layer, (keys, values) in zip(cache.layers, self.caches, strict=True):
+            keys[:, self.position : stop] = layer.keys[0, :, self.position :]
+            values[:, self.position : stop] = layer.values[0, :, self.position :]
+        self.position = stop
+        logits: Tensor = self.model.lm_head(found.last_hidden_state[0, -1:])[0]
+        return logits
+
+    def step(self, token: int) -> Tensor:
+        """Add one token; returns the logits [vocabulary] behind it, in a tensor that the next step overwrites."""
+        self._check_room(1)
+        self._prepared().run(token, self.position)
+        self.position += 1
+        return self._logits
+
+    def stream(self, ids: Tensor, max_new_tokens: int, pick: Pick = greedy) -> Iterator[int]:
+        """Tokens as they come, from a fresh start, up to the end-of-text token (which comes last) or `max_new_tokens`."""
+        self.reset()
+        ids = ids.reshape(-1)
+        self._check_room(ids.numel() + max(0, max_new_tokens - 1))
+        ends = self.model.generation_config.eos_token_id
+        stops = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        logits = self.prefill(ids)
+        for count in range(1, max_new_tokens + 1):
+            token = pick(logits)
+            yield token
+            if token in stops or count == max_new_tokens:
+                return
+            logits = self.step(token)
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int, pick: Pick = greedy) -> Tensor:
+        """[1, T] or [T] -> [1, T + new tokens], as `model.generate` without sampling; `pick` chooses otherwise."""
+        if input_ids.dim() > 2 or (input_ids.dim() == 2 and input_ids.shape[0] != 1):
+            raise QuantlibError(f"a Decoder generates for one sequence; input_ids has the shape {list(input_ids.shape)}")
+        prompt = input_ids.reshape(-1)
+        new = list(self.stream(prompt, max_new_tokens, pick))
+        return torch.cat([prompt, torch.tensor(new, dtype=prompt.dtype)])[None]
+
+    def _check_room(self, count: int) -> None:
+        if count < 1:
+            raise QuantlibError("a Decoder needs at least one token to go on from")
+        if self.position + count > self.max_length:
+            raise QuantlibError(
+                f"{self.position} + {count} positions don't fit into the cache of {self.max_length}; "
+                "build the Decoder with a larger max_length, or call reset()"
+            )
+
+    def _prepared(self) -> Program:
+        """The program, made anew where a weight, or the number of threads, is another."""
+        wanted = (torch.get_num_threads(), *(tensor.data_ptr() for tensor in _tensors(self.model)))
+        if self._program is None or wanted != self._built_for:
+            self._program, self._logits = _Builder(self.model, self.caches, self.max_length).build()
+            self._built_for = wanted
+        return self._program
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _head_width(config: Any) -> int:
+    width = getattr(config, "head_dim", None)
+    return int(width or config.hidden_size // config.num_attention_heads)
+
+
+def _check(model: Any, max_length: int) -> None:
+    """Raise QuantlibError where the model is not one that the program expresses."""
+    kind, config = type(model).__name__, getattr(model, "config", None)
+    if kind not in MODELS or config is None:
+        raise QuantlibError(f"a Decoder runs {', '.join(MODELS)}; this is a {kind}: use model.generate")
+    if max_length < 1:
+        raise QuantlibError(f"max_length must be at least 1, found {max_length}")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    reach = int(window or max_length)
+    reasons = {
+        f"its activation function is {config.hidden_act}, not silu": config.hidden_act != "silu",
+        f"its rotary embedding is {rope!r}, not one of {', '.join(ROPE_TYPES)}": rope not in ROPE_TYPES,
+        f"its attention looks {reach} positions back, less than max_length {max_length}": reach < max_length,
+        f"its heads are {_head_width(config)} wide, not a multiple of 16": _head_width(config) % 16 != 0,
+        "it is in training mode; call model.eval()": model.training,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise QuantlibError(f"a Decoder can't run this {kind}: {reason}. Use model.generate")
+    dtypes = {tensor.dtype for tensor in model.parameters()}
+    places = {tensor.device.type for tensor in _tensors(model)}
+    if len(dtypes) != 1 or places != {"cpu"}:
+        raise QuantlibError(
+            f"a Decoder can't run this {kind}: its parameters are {', '.join(sorted(map(str, dtypes)))} on "
+            f"{', '.join(sorted(places))}; expected one dtype, on the CPU"
+        )
+
+
+class _Builder:
+    """Lists one model's calls."""
+
+    def __init__(self, model: Any, caches: list[tuple[Tensor, Tensor]], max_length: int) -> None:
+        self.model, self.config, self.caches = model, model.config, caches
+        self.width = _head_width(model.config)
+        self.dtype = caches[0][0].dtype
+        self.program = Program(max_length, self.dtype, torch.get_num_threads())
+        self.angles = self._angles(max_length)
+
+    def _angles(self, max_length: int) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode():
+            x = torch.empty(0, dtype=self.dtype)
+            cosine, sine = self.model.model.rotary_emb(x, torch.arange(max_length)[None])
+        if cosine.shape[-1] != self.width:
+            raise QuantlibError(
+                f"a Decoder rotates whole heads; this model rotates {cosine.shape[-1]} of {self.width}: use model.generate"
+            )
+        return cosine[0].contiguous(), sine[0].contiguous()
+
+    def _new(self, count: int) -> Tensor:
+        return torch.zeros(count, dtype=self.dtype)
+
+    def build(self) -> tuple[Program, Tensor]:
+        """(program, logits [vocabulary])."""
+        base = self.model.model
+        hidden, normed = self._new(self.config.hidden_size), self._new(self.config.hidden_size)
+        self.program.embed(base.embed_tokens.weight.detach(), hidden)
+        for index, layer in enumerate(base.layers):
+            self._norm(layer.input_layernorm, hidden, normed)
+            self.program.add(self._attention(f"model.layers.{index}.self_attn", layer.self_attn, normed, index), hidden)
+            self._norm(layer.post_attention_layernorm, hidden, normed)
+            self.program.add(self._feed_forward(f"model.layers.{index}.mlp", layer.mlp, normed), hidden)
+        self._norm(base.norm, hidden, normed)
+        return self.program, self._linear("lm_head", self.model.lm_head, normed)
+
+    def _norm(self, module: Any, x: Tensor, y: Tensor) -> None:
+        self.program.norm(x, module.weight.detach(), y, module.variance_epsilon)
+
+    def _attention(self, name: str, module: Any, x: Tensor, index: int) -> Tensor:
+        q, k, v = (self._linear(f"{name}.{part}", getattr(module, part), x) for part in ("q_proj", "k_proj", "v_proj"))
+        keys, values = self.caches[index]
+        for norm, heads in (("q_norm", q), ("k_norm", k)):
+            if hasattr(module, norm):
+                self._norm(getattr(module, norm), heads, heads)
+        self.program.rotate(q, self.width, self.angles, None)
+        self.program.rotate(k, self.width, self.angles, keys)
+        self.program.rotate(v, self.width, None, values)
+        y = self._new(q.numel())
+        self.program.attention(q, keys, values, y, module.scaling)
+        return self._linear(f"{name}.o_proj", module.o_proj, y)
+
+    def _feed_forward(self, name: str, module: Any, x: Tensor) -> Tensor:
+        gate, up = (self._linear(f"{name}.{part}", getattr(module, part), x) for part in ("gate_proj", "up_proj"))
+        self.program.gate(gate, up, gate)
+        return self._linear(f"{name}.down_proj", module.down_proj, gate)
+
+    def _linear(self, name: str, module: nn.Module, x: Tensor) -> Tensor:
+        """The product of a layer, into a new tensor."""
+        if module._forward_hooks or module._forward_pre_hooks or type(module) not in (QuantLinear, nn.Linear):
+            what = "has hooks" if type(module) in (QuantLinear, nn.Linear) else f"is a {type(module).__name__}"
+            raise QuantlibError(f"a Decoder calls plain linear layers; {name} {what}: use model.generate")
+        assert isinstance(module, nn.Linear)
+        y = self._new(module.out_features)
+        bias = None if module.bias is None else module.bias.detach()
+        if isinstance(module, QuantLinear):
+            self.program.product(module.qweight, self._function(name, module), x, bias, y)
+        else:
+            self.program.dense(module.weight.detach(), x, bias, y)
+        return y
+
+    def _function(self, name: str, layer: QuantLinear) -> str:
+        """The cheapest product that a program can hold, or the one that the layer is bound to."""
+        problem = dispatch.problem_of("linear", 1, layer.qweight, self.dtype, layer.activations)
+        names = [choice.kernel for choice in dispatch.choices(problem) if choice.cost is not None]
+        for kernel in names if layer.kernel is None else [layer.kernel]:
+            function = function_of(get_declaration(kernel))
+            if function is not None and layer.activations is None:
+                return function
+        raise QuantlibError(
+            f"a Decoder can't call the kernel of {name} ({layer.format}, activations={layer.activations}, "
+            f"kernel={layer.kernel}): use model.generate"
+        )
