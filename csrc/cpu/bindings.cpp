@@ -133,7 +133,7 @@ void linear(const Plan& plan, const Parts& parts, int64_t m, const std::string& 
                              reinterpret_cast<void*>(y),
                              threads};
     const auto chosen = kernels().*KERNEL;
-    if (chosen == nullptr) throw std::invalid_argument("the instruction set " + isa() + " has no products of bf16 pairs");
+    if (chosen == nullptr) throw std::invalid_argument("the instruction set " + isa() + " lacks this product");
     py::gil_scoped_release release;
     if (!chosen(call)) throw std::bad_alloc();
 }
@@ -199,11 +199,13 @@ PYBIND11_MODULE(_cpu, module) {
                    "y[m, n] = x[m, k] W^T + bias; addresses of x, bias (fp32, or 0) and y, the latter contiguous.");
     define_product("pairs_dot", &linear<&Kernels::pairs_dot>, "The same with codes of 2 to 6 or 8 bits as bf16 numbers.");
     define_product("pairs_tile", &linear<&Kernels::pairs_tile>, "The same for bf16 x, with weights rounded to bf16.");
+    define_product("quads_dot", &linear<&Kernels::quads_dot>, "The same with fp32 products of look-ups, for AVX2.");
     define_product("pairs_dgrad", &linear<&Kernels::pairs_dgrad>, "y[m, k] = x[m, n] W in bf16, without a bias.");
     module.def("dequantize", &dequantize, py::arg("plan"), py::arg("parts"), py::arg("rows"), py::arg("columns"),
                py::arg("dtype"), py::arg("out"), py::arg("threads"),
                "W[rows, columns], two (start, stop), in `dtype` at the address `out`, contiguous.");
     module.def("has_pairs", [] { return kernels().pairs_dot != nullptr; }, "Whether the set that runs multiplies bf16 pairs.");
+    module.def("has_quads", [] { return kernels().quads_dot != nullptr; }, "Whether the set that runs has quads_dot.");
     module.def("isa", &isa, "The instruction set that runs.");
     module.def("available_isas", &available_isas, "The sets that this build and this machine have, slowest first.");
     module.def("set_isa", &set_isa, py::arg("name"), "Choose an available set (for tests and comparisons).");

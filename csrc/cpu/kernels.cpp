@@ -7,7 +7,15 @@
 #include "pairs_dgrad.h"
 #include "pairs_dot.h"
 #include "pairs_tile.h"
+#include "quads_dot.h"
 #include "search.h"
+
+#if QUANTLIB_ISA_LEVEL >= 2
+// Wider sets run AVX2's: it is compiled in that set's object file alone.
+namespace quantlib::cpu::avx2 {
+bool quads_dot(const LinearCall& call);
+}
+#endif
 
 namespace quantlib::cpu::QUANTLIB_ISA {
 
@@ -21,6 +29,13 @@ const Kernels kernels = {
 #else
     nullptr,
     nullptr,
+    nullptr,
+#endif
+#if QUANTLIB_ISA_LEVEL >= 2
+    avx2::quads_dot,
+#elif defined(QUANTLIB_HAS_QUADS)
+    quads_dot,
+#else
     nullptr,
 #endif
     dequantize,

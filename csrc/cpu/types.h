@@ -90,6 +90,7 @@ struct Kernels {
     bool (*pairs_dot)(const LinearCall&);
     bool (*pairs_tile)(const LinearCall&);
     bool (*pairs_dgrad)(const LinearCall&);  // x is dY [m, n], y is dX [m, k]
+    bool (*quads_dot)(const LinearCall&);    // null below AVX2
     bool (*dequantize)(const DequantizeCall&);
     Outcome (*extremes)(const ExtremesCall&);
     Outcome (*encode)(const EncodeCall&);
