@@ -2,6 +2,7 @@
 
 DoBenchClock    triton.testing.do_bench; comparable with published numbers
 HostClock       how long Python takes to launch, without waiting for the device
+SettledClock    wall time after a call that is not counted, for libraries whose threads spin
 RecordedClock   plays figures back from a file; it proves the tooling where there is no device
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from quantlib.timing import Calls, NoTiming, Timing, failure, in_turns, summary
+from quantlib.timing import Calls, NoTiming, Timing, WallClock, failure, in_turns, summary
 
 
 class DoBenchClock:
@@ -59,6 +60,20 @@ class HostClock:
             for _ in range(self.calls):
                 call()
             return (time.perf_counter_ns() - begin) / 1e3 / self.calls
+
+        return sample
+
+
+class SettledClock(WallClock):
+    """Wall time on the CPU. Before each sample its contestant runs once, uncounted: threads that the one before it left spinning
+    come to rest, and caches hold what this contestant leaves in them."""
+
+    def _sample(self, calls: Calls) -> Callable[[], float]:
+        measured = super()._sample(calls)
+
+        def sample() -> float:
+            calls[-1]()
+            return measured()
 
         return sample
 

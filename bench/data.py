@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -27,6 +28,12 @@ class Material:
     @property
     def format(self) -> Format:
         return get_format(self.case.format)
+
+    def in_format(self, spec: str) -> Material:
+        """The same weight, to be quantized to another format."""
+        other = Material(replace(self.case, format=spec), self.device)
+        other.weight = self.weight
+        return other
 
     @cached_property
     def weight(self) -> Tensor:

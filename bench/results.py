@@ -59,7 +59,10 @@ class Row:
     matmul_tflops: float | None = None
     floor_datasheet: float | None = None
     floor_measured: float | None = None
+    read_gbps: float | None = None
+    nbytes: int | None = None
     ratios: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
     reason: str | None = None
 
     @property
@@ -73,7 +76,7 @@ class Row:
 
 
 FIELDS = tuple(entry.name for entry in fields(Row))
-DEFAULTS = {entry.name: entry.default for entry in fields(Row) if entry.default is not MISSING} | {"ratios": {}}
+DEFAULTS = {entry.name: entry.default for entry in fields(Row) if entry.default is not MISSING} | {"ratios": {}, "settings": {}}
 
 
 def to_json(row: Row) -> str:
