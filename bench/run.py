@@ -80,10 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     plan = parser.add_mutually_exclusive_group()
     for name in PLANS:
         plan.add_argument(f"--{name}", dest="plan", action="store_const", const=name, help="a plan of bench/protocol.py")
-    parser.add_argument("--formats", type=_words, help="only these formats: int4-g128,nf4")
-    parser.add_argument("--shapes", type=_shapes, help="only these weights NxK: 8192x8192,28672x4096")
-    parser.add_argument("--m", type=_numbers, help="only these batch sizes: 1,16,4096")
-    parser.add_argument("--operation", type=_words, help="only these: linear,dgrad,dequantize,quantize")
+    parser.add_argument("--formats", type=words, help="only these formats: int4-g128,nf4")
+    parser.add_argument("--shapes", type=shapes, help="only these weights NxK: 8192x8192,28672x4096")
+    parser.add_argument("--m", type=numbers, help="only these batch sizes: 1,16,4096")
+    parser.add_argument("--operation", type=words, help="only these: linear,dgrad,dequantize,quantize")
     parser.add_argument("--activations", help="with --formats and --shapes: what x is rounded to")
     parser.add_argument("--kernels", help="only these kernels of quantlib's, by name")
     parser.add_argument("--peers", default="all", help="all, none, or names: " + ", ".join(peer.name for peer in list_peers()))
@@ -97,16 +97,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _words(text: str) -> tuple[str, ...]:
+def words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in _words(text))
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in words(text))
 
 
-def _shapes(text: str) -> tuple[Shape, ...]:
-    pairs = [tuple(int(side) for side in word.split("x")) for word in _words(text)]
+def shapes(text: str) -> tuple[Shape, ...]:
+    pairs = [tuple(int(side) for side in word.split("x")) for word in words(text)]
     if any(len(pair) != 2 for pair in pairs):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of NxK")
     return tuple((n, k) for n, k in pairs)
@@ -148,7 +148,7 @@ def chosen_peers(text: str) -> list[Peer]:
     peers = {peer.name: peer for peer in list_peers()}
     if text == "all":
         return list(peers.values())
-    names = () if text == "none" else _words(text)
+    names = () if text == "none" else words(text)
     unknown = [name for name in names if name not in peers]
     if unknown:
         raise SystemExit(f"--peers {', '.join(unknown)}: unknown; known: all, none, {', '.join(peers)}")

@@ -110,7 +110,7 @@ class GgmlWeight:
     kind: str
     n: int
     k: int
-    where: str = ""
+    layout: str = ""
     _graphs: dict[int, tuple[Any, int, int]] = field(default_factory=dict)
     _held: list[tuple[Any, Any]] = field(default_factory=list)
 
@@ -123,7 +123,7 @@ class GgmlWeight:
             if buffer and self._suits(weight):
                 lib.ggml_backend_tensor_set(weight, self.data.data_ptr(), 0, self.data.nbytes)
                 self._held.append((context, buffer))
-                self._weight, self.where = weight, lib.ggml_backend_buft_name(buffer_type).decode()
+                self._weight, self.layout = weight, lib.ggml_backend_buft_name(buffer_type).decode()
                 return
             if buffer:
                 lib.ggml_backend_buffer_free(buffer)
