@@ -65,7 +65,7 @@ class HostClock:
 
 
 class SettledClock(WallClock):
-    """Wall time on the CPU. Before each sample its contestant runs once, uncounted: threads that the one before it left spinning
+    """Wall time on the CPU. Before each sample its contestant runs once, uncounted: threads that the one before left spinning
     come to rest, and caches hold what this contestant leaves in them."""
 
     def _sample(self, calls: Calls) -> Callable[[], float]:

@@ -1,12 +1,12 @@
-"""quantlib on a CPU beside torch, bitsandbytes and llama.cpp: single layers, and a whole model. Only ratios within a run mean something.
+"""quantlib on a CPU beside torch, bitsandbytes and llama.cpp: single layers, and a whole model. Only ratios of one run count.
 
     python -m bench.cpu                               one layer shape, and the demo model
     python -m bench.cpu --quick                       a smoke run: everything, small
     python -m bench.cpu --only layers --shapes 14336x4096,4096x4096 --m 1,16
     python -m bench.cpu --only model --rounds 3
 
-Rows go to bench/results/cpu-*.jsonl; docs/benchmarks.md explains them, `python -m bench.cpu_report` draws them. A peer that is not
-there is reported with what to install.
+Rows go to bench/results/cpu-*.jsonl; docs/benchmarks.md explains them, `python -m bench.cpu_report` draws them. A peer that is
+not there is reported with what to install.
 """
 
 from __future__ import annotations
@@ -92,10 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shapes", type=shapes, default=(SHAPE,), help="of layers, NxK: 14336x4096,4096x4096")
     parser.add_argument("--m", type=numbers, default=MS, help="batch sizes of y = x W^T")
     parser.add_argument("--dgrad-m", type=numbers, default=DGRAD_MS, help="batch sizes of dX")
-    parser.add_argument("--variants", type=words, help="of the model: those whose name begins so, e.g. 'torch,quantlib nvfp4'")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="of the model: those whose name begins so")
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
     parser.add_argument("--prefill", type=int, default=PREFILL_TOKENS, help="tokens of the long prompt")
-    parser.add_argument("--read-mb", type=int, default=READ_BYTES >> 20, help="of the buffer that the read bandwidth is measured on")
+    parser.add_argument("--read-mb", type=int, default=READ_BYTES >> 20, help="of the buffer for the read bandwidth")
     parser.add_argument("--out", type=Path, help="JSONL (default: bench/results/cpu-CHIP-DATE.jsonl)")
     return parser
 
@@ -128,7 +128,11 @@ class Run:
             if ours and name in medians:
                 fields["ratios"] = {peer: medians[peer] / medians[name] for peer in sorted(peers & medians.keys())}
             if verdict is not None:
-                fields |= {"error": _finite(verdict.error), "limit": verdict.limit, "weight_error": _finite(verdict.weight_error)}
+                fields |= {
+                    "error": _finite(verdict.error),
+                    "limit": verdict.limit,
+                    "weight_error": _finite(verdict.weight_error),
+                }
             self._write(
                 operation=case.operation,
                 format=case.format,

@@ -1,8 +1,8 @@
 """Single layers on a CPU: quantlib in every format and its peers on one weight, one batch size after the other, all in turns.
 
 Unlike in bench.session a case holds all formats at once: peers of other formats are compared too, and a rise in the machine's
-load falls on everyone alike. Reading a buffer takes its turn among the contestants, so that a share of the read bandwidth is one
-of the same seconds.
+load falls on everyone alike. Reading a buffer takes its turn among the contestants, so that a share of the read bandwidth is
+one of the same seconds.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ READ = "read"
 
 @dataclass(frozen=True)
 class Entrant:
-    """Who takes part. `format`: its own word for its numbers; `judged_as`: the format of quantlib's that is nearest to it, whose
-    error the gate allows it."""
+    """Who takes part. `format`: its own word for its numbers; `judged_as`: the format of quantlib's that is nearest to it,
+    whose error the gate allows it."""
 
     contestant: Contestant
     format: str
@@ -102,7 +102,9 @@ def entrants(formats: Sequence[str] = FORMATS) -> list[Entrant]:
 def plan(shapes: Iterable[Shape], ms: Sequence[int], dgrad_ms: Sequence[int]) -> list[list[Case]]:
     """Groups of cases that share their weight, each in the order of M. A case's format is everyone's own."""
     groups = [
-        [Case(operation, "", n, k, m) for m in some] for n, k in shapes for operation, some in (("linear", ms), ("dgrad", dgrad_ms))
+        [Case(operation, "", n, k, m) for m in some]
+        for n, k in shapes
+        for operation, some in (("linear", ms), ("dgrad", dgrad_ms))
     ]
     return [group for group in groups if group]
 

@@ -1,7 +1,7 @@
-"""A whole model on a CPU: greedy tokens and a prompt, by quantlib, by torch alone and by llama.cpp, in turns within one process.
+"""A whole model on a CPU: greedy tokens and a prompt, by quantlib, by torch alone and by llama.cpp, in turns in one process.
 
-The model is that of `quantlib demo`. llama.cpp reads the same weights from a GGUF file written here; its logits are compared with
-HuggingFace's first, so that nothing is timed that computes something else.
+The model is that of `quantlib demo`. llama.cpp reads the same weights from a GGUF file written here; its logits are compared
+with HuggingFace's first, so that nothing is timed that computes something else.
 """
 
 from __future__ import annotations
@@ -56,10 +56,11 @@ class Variant:
 
 
 HEAD = "int8-channel"
+SPECS = ("int4-g32", "int4-g32-asym", "int4-g128", "nvfp4", "q4_k", "int8-channel")
 VARIANTS = (
     Variant(None),
     Variant(None, dtype=torch.float32),
-    *(Variant(spec, HEAD, decoder=True) for spec in ("int4-g32", "int4-g32-asym", "int4-g128", "nvfp4", "q4_k", "int8-channel")),
+    *(Variant(spec, HEAD, decoder=True) for spec in SPECS),
     Variant("int4-g32", decoder=True),
     Variant("int4-g32", HEAD, torch.float32, decoder=True),
     Variant("int4-g32", HEAD),
@@ -213,14 +214,17 @@ class Conversation:
         ids = torch.randint(0, vocabulary, (prompt + long_prompt,), generator=generator)
         return cls(ids[:prompt], new_tokens, ids[prompt:], rounds)
 
-    def hold(self, speakers: Mapping[str, Speaker], original: Tensor, read: Callable[[], Any]) -> tuple[list[Spoken], list[Timing]]:
+    def hold(
+        self, speakers: Mapping[str, Speaker], original: Tensor, read: Callable[[], Any]
+    ) -> tuple[list[Spoken], list[Timing]]:
         """Everyone in turns, first generating, then reading the long prompt; and the microseconds that `read` took among them.
 
         original: the fp32 model's logits [vocabulary] after the long prompt.
         """
         found: list[Spoken] = []
         reads: list[Timing] = []
-        errors = {name: relative_error(speaker.prefill(self.long_prompt).float(), original) for name, speaker in speakers.items()}
+        logits = {name: speaker.prefill(self.long_prompt).float() for name, speaker in speakers.items()}
+        errors = {name: relative_error(own, original) for name, own in logits.items()}
         for operation in ("generate", "prefill"):
             rounds = {name: self._sample(operation, speaker) for name, speaker in speakers.items()}
             timings = in_turns({"read": _sample_of(read), **rounds}, self.rounds, "wall")

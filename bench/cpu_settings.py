@@ -20,8 +20,8 @@ OPENMP = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "GOMP_SPINCOUNT
 def pin(threads: int = THREADS) -> None:
     """Keep this process on its first `threads` CPUs, and torch on as many threads. Call it before any product.
 
-    Threads are not bound one by one (OMP_PROC_BIND): torch and its peers bring an OpenMP runtime each, and one that starts within
-    the binding of another would see a single CPU.
+    Threads are not bound one by one (OMP_PROC_BIND): libraries may bring an OpenMP runtime each, and one that starts within the
+    binding of another would see a single CPU.
     """
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])

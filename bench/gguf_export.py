@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-import torch
 from torch import Tensor
 
 from quantlib.errors import CheckpointError

@@ -97,3 +97,35 @@ def ratios(rows: Sequence[Row]) -> bytes | None:
     axis.set_xlabel("M")
     axis.set_title("Fastest peer's time over quantlib's: above 1 quantlib leads", loc="left", fontsize=10)
     return _png(figure)
+
+
+def cpu_picture(rows: Sequence[Row]) -> bytes | None:
+    """PNG of runs of bench.cpu: per M everyone's speed over torch's bf16 product, and tokens per second over torch's."""
+    base = {row.m: row.us for row in rows if row.operation == "linear" and row.contestant == "torch_bf16" and row.us}
+    lines: dict[tuple[str, bool], list[tuple[int, float]]] = {}
+    for row in rows:
+        if row.operation == "linear" and row.us and row.m in base and row.contestant != "torch_bf16":
+            name = f"quantlib {row.format}" if row.ours else row.contestant
+            lines.setdefault((name, row.ours), []).append((row.m, (base[row.m] or 0.0) / row.us))
+    spoken = {row.contestant: row.us for row in rows if row.operation == "generate" and row.us}
+    bars = {name: spoken["torch bf16"] / us for name, us in spoken.items()} if "torch bf16" in spoken else {}
+    if not lines or not bars:
+        return None
+    figure, (left, right) = import_pyplot().subplots(1, 2, figsize=(13.0, 5.4), layout="constrained")
+    for place, ((name, ours), points) in enumerate(sorted(lines.items(), key=lambda item: not item[0][1])):
+        style = {"color": COLORS[place % len(COLORS)], "linestyle": "-" if ours else "--"}
+        left.plot(*zip(*sorted(points), strict=True), marker=MARKERS[place % len(MARKERS)], markersize=4, label=name, **style)
+    left.axhline(1.0, color="#444444", linewidth=0.8)
+    left.set_xscale("log", base=2)
+    left.set_yscale("log")
+    left.set_xlabel("M")
+    left.set_title("A layer: speed over torch's bf16 product", loc="left", fontsize=10)
+    left.grid(True, which="major", color="#e4e4e4", linewidth=0.8)
+    left.legend(frameon=False, fontsize=7, ncols=2)
+    names = sorted(bars, key=lambda name: bars[name])
+    right.barh(
+        names, [bars[name] for name in names], color=[COLORS[0] if name.startswith("quantlib") else COLORS[7] for name in names]
+    )
+    right.tick_params(axis="y", labelsize=7)
+    right.set_title("The demo model: tokens per second over torch's in bf16", loc="left", fontsize=10)
+    return _png(figure)

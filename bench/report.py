@@ -122,12 +122,12 @@ def document(rows: Sequence[Row]) -> str:
     )
 
 
-def updated(text: str, block: str) -> str:
+def updated(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
     """A page with the text between its markers replaced. Raises ValueError where they are not there once each, in order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the page needs one {BEGIN} and one {END} after it")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the page needs one {begin} and one {end} after it")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
 
 
 def readme_block(rows: Sequence[Row]) -> str:

@@ -1,7 +1,7 @@
 """ggml's mul_mat, the product inside llama.cpp, on weights that its own code quantizes and, where it would, repacks.
 
-A graph of one product, through the library that llama-cpp-python brings. llama.cpp's activations are fp32; mul_mat rounds them to 8 bits
-for itself, within the call that is timed.
+A graph of one product, through the library that llama-cpp-python brings. llama.cpp's activations are fp32; mul_mat rounds them
+to 8 bits for itself, within the call that is timed.
 """
 
 from __future__ import annotations
