@@ -25,6 +25,7 @@ from bench.peers.bitsandbytes import BitsAndBytes
 from bench.peers.cublas import TorchBf16
 from bench.peers.ggml import Ggml
 from bench.peers.int4_cpu import TorchInt4Cpu
+from bench.peers.torch_fp32 import TorchFp32
 from bench.protocol import Case, Shape
 from quantlib import dispatch
 from quantlib.timing import Calls, Clock, NoTiming, Timing, copies
@@ -85,6 +86,7 @@ class Ours:
 
 PEERS = (
     Entrant(TorchBf16(), "bf16", "int4-g128"),
+    Entrant(TorchFp32(), "fp32", "int4-g128"),
     Entrant(TorchInt4Cpu(), "int4-g128", "int4-g128"),
     Entrant(BitsAndBytes(), "nf4", "nf4"),
     Entrant(Ggml("q4_0"), "q4_0", "int4-g32"),

@@ -31,8 +31,8 @@ COUNTERPARTS: dict[str, tuple[str, ...]] = {
     "fp8-e4m3": ("ggml q8_0",),
     "int8-channel": ("ggml q8_0",),
 }
-"""quantlib's format -> peers with weights of about as many bits, beside torch's bf16 product."""
-BASELINE = "torch_bf16"
+"""quantlib's format -> peers with weights of about as many bits, beside torch's unquantized products."""
+BASELINES = ("torch_bf16", "torch_fp32")
 SPOKEN = {"int4-g32-asym": "q4_1", "q4_k": "q4_k", "int8-channel": "q8_0"}
 """quantlib's format -> llama.cpp's type that its whole model is compared with; q4_0 for every other one."""
 NOTHING = "No run has been recorded."
@@ -89,7 +89,7 @@ def layers_table(rows: Sequence[Row]) -> str:
     for n, k in dict.fromkeys((row.n, row.k) for row in timed):
         for fmt in sorted({row.format for row in timed}, key=_place):
             found = {(row.operation, row.m): row.ratios for row in timed if (row.n, row.k, row.format) == (n, k, fmt)}
-            for peer in (*COUNTERPARTS.get(fmt, ()), BASELINE):
+            for peer in (*COUNTERPARTS.get(fmt, ()), *BASELINES):
                 cells = [found.get(column, {}).get(peer) for column in columns]
                 if any(cells):
                     lines.append([f"{n} x {k}", f"`{fmt}`", peer, *(f"{cell:.2f}" if cell else "" for cell in cells)])
