@@ -117,8 +117,9 @@ class Run:
         medians = {entry.entrant.name: entry.timing.median for entry in entries if isinstance(entry.timing, Timing)}
         peers = {entry.entrant.name for entry in entries if entry.entrant.contestant.backend == "peer"}
         order = sorted(medians, key=medians.__getitem__)
-        label = replace(entries[0].case, format="").label
-        console.print(f"{label}: {'  '.join(f'{name} {medians[name]:.0f} us' for name in order)}")
+        first = entries[0].case
+        times = "  ".join(f"{name} {medians[name]:.0f} us" for name in order)
+        console.print(f"{first.operation} {first.n}x{first.k} M={first.m}: {times}")
         for entry in entries:
             contestant, case, verdict = entry.entrant.contestant, entry.case, entry.verdict
             ours, name = contestant.backend != "peer", entry.entrant.name
