@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from bench.cpu_layers import FORMATS
@@ -32,7 +32,9 @@ COUNTERPARTS: dict[str, tuple[str, ...]] = {
     "int8-channel": ("ggml q8_0",),
 }
 """quantlib's format -> peers with weights of about as many bits, beside torch's unquantized products."""
-BASELINES = ("torch_bf16", "torch_fp32")
+UNQUANTIZED = "torch"
+BASELINES = {UNQUANTIZED: ("torch_bf16", "torch_fp32", "torch bf16", "torch fp32")}
+"""What stands for torch without quantization: the faster of its products in bf16 and in fp32, of layers and of whole models."""
 SPOKEN = {"int4-g32-asym": "q4_1", "q4_k": "q4_k", "int8-channel": "q8_0"}
 """quantlib's format -> llama.cpp's type that its whole model is compared with; q4_0 for every other one."""
 NOTHING = "No run has been recorded."
@@ -89,12 +91,17 @@ def layers_table(rows: Sequence[Row]) -> str:
     for n, k in dict.fromkeys((row.n, row.k) for row in timed):
         for fmt in sorted({row.format for row in timed}, key=_place):
             found = {(row.operation, row.m): row.ratios for row in timed if (row.n, row.k, row.format) == (n, k, fmt)}
-            for peer in (*COUNTERPARTS.get(fmt, ()), *BASELINES):
-                cells = [found.get(column, {}).get(peer) for column in columns]
+            for peer in (*COUNTERPARTS.get(fmt, ()), UNQUANTIZED):
+                cells = [_ratio(found.get(column, {}), peer) for column in columns]
                 if any(cells):
                     lines.append([f"{n} x {k}", f"`{fmt}`", peer, *(f"{cell:.2f}" if cell else "" for cell in cells)])
     names = [f"M = {m}" if operation == "linear" else f"dX, M = {m}" for operation, m in columns]
     return _markdown(["N x K", "format", "against", *names], lines)
+
+
+def _ratio(ratios: Mapping[str, float], peer: str) -> float | None:
+    """The ratio to a peer, or to the fastest of those that its name stands for."""
+    return min((ratios[name] for name in BASELINES.get(peer, (peer,)) if name in ratios), default=None)
 
 
 def _place(fmt: str) -> int:
@@ -102,7 +109,7 @@ def _place(fmt: str) -> int:
 
 
 def model_table(rows: Sequence[Row]) -> str:
-    """Markdown: per variant of the model its tokens per second over those of llama.cpp's counterpart, and of torch in bf16."""
+    """Markdown: per variant of the model its tokens per second over those of llama.cpp's counterpart, and of torch."""
     lines: dict[str, list[str]] = {}
     for row in rows:
         if row.operation not in ("generate", "prefill") or not row.ours or row.us is None:
@@ -110,11 +117,12 @@ def model_table(rows: Sequence[Row]) -> str:
         rival = LLAMA + SPOKEN.get(row.format, "q4_0")
         error = "" if row.error is None else f"{row.error:.3f}"
         line = lines.setdefault(row.contestant, [row.contestant.removeprefix("quantlib "), rival, "", "", "", "", error])
-        for place, peer in enumerate((rival, "torch bf16")):
-            if peer in row.ratios:
-                line[2 + 2 * place + (row.operation == "prefill")] = f"{row.ratios[peer]:.2f}"
+        for place, peer in enumerate((rival, UNQUANTIZED)):
+            ratio = _ratio(row.ratios, peer)
+            if ratio is not None:
+                line[2 + 2 * place + (row.operation == "prefill")] = f"{ratio:.2f}"
     heads = ["quantlib", "llama.cpp's type", "tokens, of llama.cpp's", "prompt, of llama.cpp's"]
-    return _markdown([*heads, "tokens, of torch's bf16", "prompt, of torch's bf16", "error of logits"], lines.values())
+    return _markdown([*heads, "tokens, of torch's", "prompt, of torch's", "error of logits"], lines.values())
 
 
 def peers_list(rows: Sequence[Row]) -> str:
@@ -159,6 +167,8 @@ def readme_block(rows: Sequence[Row]) -> str:
             parts += [model_table(run), peers_list([row for row in run if row.operation == "prefill"])]
         if any(row.operation == "linear" and row.us for row in run):
             parts += [layers_table(run)]
+    if cpu_picture(latest_run(rows)) is not None:
+        parts += ["![Layers and the demo model on a CPU, beside the peers](docs/images/cpu.png)"]
     return "\n\n".join(parts) or NOTHING
 
 

@@ -117,6 +117,7 @@ def cpu_picture(rows: Sequence[Row]) -> bytes | None:
         left.plot(*zip(*sorted(points), strict=True), marker=MARKERS[place % len(MARKERS)], markersize=4, label=name, **style)
     left.axhline(1.0, color="#444444", linewidth=0.8)
     left.set_xscale("log", base=2)
+    left.set_xticks(sorted(base), [str(m) for m in sorted(base)])
     left.set_yscale("log")
     left.set_xlabel("M")
     left.set_title("A layer: speed over torch's bf16 product", loc="left", fontsize=10)

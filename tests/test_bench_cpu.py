@@ -326,7 +326,7 @@ def test_a_run_writes_rows_that_the_tables_read(tmp_path: Path, no_llama: None, 
     spoken = [row for row in rows if row.operation == "generate" and row.ours]
     assert all(set(row.ratios) == {"torch bf16"} for row in spoken)
     text = cpu_report.document(rows)
-    assert "| 64 x 256 | `q4_k` | torch_bf16 | " in text
+    assert "| 64 x 256 | `q4_k` | torch | " in text
     assert "not installed: CMAKE_ARGS" in text
     assert text.count("llama.cpp q4_0: not installed") == 1
     picture = cpu_picture(cpu_report.latest_run(rows))
@@ -351,17 +351,23 @@ def spoken(name: str, fmt: str, operation: str, **fields: Any) -> Row:
 
 def test_tables_hold_ratios_and_no_times() -> None:
     rows = [
-        layer("nvfp4", 1, nbytes=562500, read_gbps=75.0, ratios={"ggml q4_0": 1.5, "torch_bf16": 3.25}),
+        layer("nvfp4", 1, nbytes=562500, read_gbps=75.0, ratios={"ggml q4_0": 1.5, "torch_bf16": 3.25, "torch_fp32": 3.5}),
         layer("nvfp4", 8, ratios={"ggml q4_0": 0.75}),
         replace(layer("q4_0", 1, nbytes=562500, read_gbps=112.5), backend="peer", contestant="ggml q4_0", version="0.3.36"),
-        spoken("quantlib q4_k, x bf16", "q4_k", "generate", ratios={"llama.cpp q4_k": 0.5, "torch bf16": 2.0}, error=0.125),
+        spoken(
+            "quantlib q4_k, x bf16",
+            "q4_k",
+            "generate",
+            ratios={"llama.cpp q4_k": 0.5, "torch bf16": 4.0, "torch fp32": 2.0},
+            error=0.125,
+        ),
         spoken("quantlib q4_k, x bf16", "q4_k", "prefill", ratios={"llama.cpp q4_k": 1.25, "llama.cpp q4_0": 9.0}),
         spoken("llama.cpp q4_k", "3 q5_0, 1 q4_k", "prefill", error=0.25, backend="peer"),
         spoken("llama.cpp q8_0", "", "generate", us=None, reason="not installed: pip install it", backend="peer"),
     ]
     assert cpu_report.layers_table(rows).splitlines()[2:] == [
         "| 1000 x 1000 | `nvfp4` | ggml q4_0 | 1.50 | 0.75 |",
-        "| 1000 x 1000 | `nvfp4` | torch_bf16 | 3.25 |  |",
+        "| 1000 x 1000 | `nvfp4` | torch | 3.25 |  |",
     ]
     assert cpu_report.bandwidth_table(rows).splitlines()[2:] == [
         "| 1000 x 1000 | quantlib `nvfp4` | 4.50 | 0.75 |",
@@ -403,5 +409,5 @@ def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
     ]
     path.write_text("".join(to_json(row) + "\n" for row in rows))
     assert cpu_report.main([str(path), "--images", str(tmp_path / "images")]) == 0
-    assert "| 1000 x 1000 | `nvfp4` | torch_bf16 | 2.00 |" in capsys.readouterr().out
+    assert "| 1000 x 1000 | `nvfp4` | torch | 2.00 |" in capsys.readouterr().out
     assert (tmp_path / "images" / "cpu.png").read_bytes().startswith(b"\x89PNG")
