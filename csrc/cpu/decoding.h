@@ -145,32 +145,35 @@ inline bool attention(const AttentionCall& call) {
     return true;
 }
 
+// y = what `combine` leaves in the first of two inputs, CHUNK numbers at a time.
+template <class Combine>
+inline void combine_chunks(DType dtype, const void* a, const void* b, void* y, int64_t count, Combine combine) {
+    float first[CHUNK], second[CHUNK];
+    for (int64_t start = 0; start < count; start += CHUNK) {
+        const int64_t length = least(CHUNK, count - start);
+        read_padded(dtype, at(a, dtype, start), length, first);
+        read_padded(dtype, at(b, dtype, start), length, second);
+        combine(first, second);
+        write_numbers(dtype, first, length, at(y, dtype, start));
+    }
+}
+
 inline bool gate(const GateCall& call) {
-    float gates[CHUNK], ups[CHUNK];
-    for (int64_t start = 0; start < call.count; start += CHUNK) {
-        const int64_t length = least(CHUNK, call.count - start);
-        read_padded(call.dtype, at(call.gate, call.dtype, start), length, gates);
-        read_padded(call.dtype, at(call.up, call.dtype, start), length, ups);
+    combine_chunks(call.dtype, call.gate, call.up, call.y, call.count, [&](float* gates, const float* ups) {
         for (int i = 0; i < CHUNK; i += LANES) {
             const Floats x = load(gates + i), below = add(broadcast(1.0f), exponential(subtract(zero(), x)));
             store(gates + i, divide(x, below));
         }
         round_numbers(call.dtype, gates, CHUNK);
         for (int i = 0; i < CHUNK; i += LANES) store(gates + i, multiply(load(gates + i), load(ups + i)));
-        write_numbers(call.dtype, gates, length, at(call.y, call.dtype, start));
-    }
+    });
     return true;
 }
 
 inline bool add_to(const AddCall& call) {
-    float xs[CHUNK], ys[CHUNK];
-    for (int64_t start = 0; start < call.count; start += CHUNK) {
-        const int64_t length = least(CHUNK, call.count - start);
-        read_padded(call.dtype, at(call.x, call.dtype, start), length, xs);
-        read_padded(call.dtype, at(call.y, call.dtype, start), length, ys);
+    combine_chunks(call.dtype, call.y, call.x, call.y, call.count, [](float* ys, const float* xs) {
         for (int i = 0; i < CHUNK; i += LANES) store(ys + i, add(load(xs + i), load(ys + i)));
-        write_numbers(call.dtype, ys, length, at(call.y, call.dtype, start));
-    }
+    });
     return true;
 }
 

@@ -89,27 +89,7 @@ class Spread {
     Ints index_;
 };
 
-// One weight row: its codes, and a padded copy of the last span where the stored codes end inside it.
-class PairsRow {
-  public:
-    PairsRow(const Plan& plan, const Parts& parts, int64_t row)
-        : whole_(plan.padded_k / SPAN),
-          planes_(planes_of(plan.bits, parts.codes + row * (plan.padded_k * plan.bits / 8), plan.padded_k)) {
-        for (int i = 0; i < 3 && whole_ < spans_of(plan.k); ++i) {
-            const int width = PLANE_WIDTHS[plan.bits][i];
-            memset(tail_[i], 0, SPAN);
-            memcpy(tail_[i], planes_.plane[i] + whole_ * (SPAN * width / 8), (plan.padded_k - whole_ * SPAN) * width / 8);
-        }
-    }
-    int64_t whole() const { return whole_; }
-    const Planes& planes() const { return planes_; }
-    Planes tail() const { return {{tail_[0], tail_[1], tail_[2]}}; }
-
-  private:
-    const int64_t whole_;  // spans that lie inside the stored codes
-    const Planes planes_;
-    uint8_t tail_[3][SPAN];
-};
+using PairsRow = SpanRow<SPAN>;
 
 // A Shift as a type.
 template <Shift SHIFT>

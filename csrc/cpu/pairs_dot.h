@@ -22,11 +22,6 @@ struct PairsX {
     }
 };
 
-// Rows of W that are multiplied together.
-constexpr int DOT_ROWS = 2;
-// Rows of W whose products are written together.
-constexpr int WRITE_ROWS = 16;
-
 // total[r][m] += what spans start ... stop contribute to the product of rows r and m; `planes` count spans from `start`.
 template <Shift SHIFT, int M, int PLANES, class Codes>
 QUANTLIB_INLINE void add_spans(const Codes& codes, const Spread& spread, const Planes (&planes)[DOT_ROWS],
@@ -95,14 +90,6 @@ struct PairsDot {
     const PairsX x;
     const int64_t spans;
 
-    inline void write(int64_t row, int64_t rows, float* values) const {
-        uint8_t* y = static_cast<uint8_t*>(call.y);
-        for (int64_t m = 0; m < call.m; ++m, values += DOT_ROWS * WRITE_ROWS) {
-            for (int64_t r = 0; call.bias != nullptr && r < rows; ++r) values[r] += call.bias[row + r];
-            write_numbers(call.dtype, values, rows, y + (m * call.plan->n + row) * item_size(call.dtype));
-        }
-    }
-
     // Two rows of W with rows m ... of x, M at a time as long as there are M.
     template <Shift SHIFT, int M, int PLANES, class Codes>
     inline void some_xs(const Codes& codes, const PairsRow (&rows)[DOT_ROWS], const DotMemory& memory, int64_t& m,
@@ -132,17 +119,9 @@ struct PairsDot {
     template <int PLANES>
     void rows_of_planes(int64_t start, int64_t stop, const DotMemory& memory) const {
         with_decoder(*call.plan, [&](const auto& codes, auto shifted) {
-            // The rows of a pair lie half the range apart, so that each is one of a stream without gaps.
-            const int64_t half = (stop - start + 1) / 2;
-            for (int64_t done = 0; done < half; done += WRITE_ROWS) {
-                const int64_t first = start + done, second = first + half, count = least(WRITE_ROWS, half - done);
-                for (int64_t r = 0; r < count; ++r) {
-                    this->template two_rows<decltype(shifted)::shift, PLANES>(codes, first + r, least(second + r, stop - 1),
-                                                                              memory, memory.values + r);
-                }
-                write(first, count, memory.values);
-                write(second, least(count, stop - second), memory.values + WRITE_ROWS);
-            }
+            multiply_row_pairs(call, start, stop, memory.values, [&](int64_t first, int64_t second, float* values) {
+                this->template two_rows<decltype(shifted)::shift, PLANES>(codes, first, second, memory, values);
+            });
         });
     }
 

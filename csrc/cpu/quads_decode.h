@@ -318,27 +318,7 @@ class QuadSpread {
     Ints first_, second_;
 };
 
-// One weight row: its codes, and a padded copy of the last span where the stored codes end inside it.
-class QuadsRow {
-  public:
-    QuadsRow(const Plan& plan, const Parts& parts, int64_t row)
-        : whole_(plan.padded_k / QUADS),
-          planes_(planes_of(plan.bits, parts.codes + row * (plan.padded_k * plan.bits / 8), plan.padded_k)) {
-        for (int i = 0; i < 3 && whole_ < quads_of(plan.k); ++i) {
-            const int width = PLANE_WIDTHS[plan.bits][i];
-            memset(tail_[i], 0, QUADS);
-            memcpy(tail_[i], planes_.plane[i] + whole_ * (QUADS * width / 8), (plan.padded_k - whole_ * QUADS) * width / 8);
-        }
-    }
-    int64_t whole() const { return whole_; }
-    const Planes& planes() const { return planes_; }
-    Planes tail() const { return {{tail_[0], tail_[1], tail_[2]}}; }
-
-  private:
-    const int64_t whole_;  // spans that lie inside the stored codes
-    const Planes planes_;
-    uint8_t tail_[3][QUADS];
-};
+using QuadsRow = SpanRow<QUADS>;
 
 }  // namespace quantlib::cpu::QUANTLIB_ISA
 #endif

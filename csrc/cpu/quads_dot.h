@@ -11,9 +11,6 @@
 #ifdef QUANTLIB_HAS_QUADS
 namespace quantlib::cpu::QUANTLIB_ISA {
 
-constexpr int QUADS_ROWS = 2;        // of W, multiplied together
-constexpr int QUADS_WRITTEN = 16;    // of W, whose products are written together
-
 // x in fp32 in the order of quads_decode.h, and its sums over each lane's columns where a format subtracts something.
 struct QuadsX {
     const float* numbers;
@@ -44,8 +41,8 @@ inline void arrange_quads(const LinearCall& call, int64_t m, float* natural, flo
 }
 
 struct QuadsMemory {
-    RowNumbers numbers[QUADS_ROWS];
-    float* values;  // [m][QUADS_ROWS][QUADS_WRITTEN]
+    RowNumbers numbers[DOT_ROWS];
+    float* values;  // [m][DOT_ROWS][WRITE_ROWS]
 };
 
 // SHIFTED: zeros and minima are subtracted. NARROW: blocks of less than 32 columns.
@@ -57,20 +54,20 @@ struct QuadsDot {
     const QuadsX x;
     const int64_t spans;
 
-    using Numbers = RowNumbers[QUADS_ROWS];
+    using Numbers = RowNumbers[DOT_ROWS];
 
     // total += (products - zero * sums of x) * scale - minimum * sums of x, for a group's lanes.
     template <int M>
-    QUANTLIB_INLINE void apply(const Floats (&products)[QUADS_ROWS][M], const Floats (&scale)[QUADS_ROWS],
-                               const Floats (&zeros)[QUADS_ROWS], const Floats (&minima)[QUADS_ROWS], const QuadsX& from,
-                               int64_t lanes, Floats (&total)[QUADS_ROWS][M]) const {
+    QUANTLIB_INLINE void apply(const Floats (&products)[DOT_ROWS][M], const Floats (&scale)[DOT_ROWS],
+                               const Floats (&zeros)[DOT_ROWS], const Floats (&minima)[DOT_ROWS], const QuadsX& from,
+                               int64_t lanes, Floats (&total)[DOT_ROWS][M]) const {
         for (int m = 0; m < M; ++m) {
             Floats sums = zero();
             if constexpr (SHIFTED) {
                 sums = load(from.sums + m * from.sums_stride + lanes);
                 if constexpr (!NARROW) sums = add(sums, load(from.sums + m * from.sums_stride + lanes - LANES));
             }
-            for (int r = 0; r < QUADS_ROWS; ++r) {
+            for (int r = 0; r < DOT_ROWS; ++r) {
                 if constexpr (SHIFTED) {
                     const Floats shifted = _mm256_fnmadd_ps(zeros[r], sums, products[r][m]);
                     total[r][m] = multiply_add(shifted, scale[r], total[r][m]);
@@ -83,15 +80,15 @@ struct QuadsDot {
     }
 
     template <int G, int M>
-    QUANTLIB_INLINE void multiply_group(const typename Codes::Loaded (&loaded)[QUADS_ROWS], const QuadsX& from, int64_t span,
-                                        Floats (&products)[QUADS_ROWS][M]) const {
-        Floats w[QUADS_ROWS][GROUP_TURNS];
-        for (int r = 0; r < QUADS_ROWS; ++r) codes.template numbers<G>(loaded[r], w[r]);
+    QUANTLIB_INLINE void multiply_group(const typename Codes::Loaded (&loaded)[DOT_ROWS], const QuadsX& from, int64_t span,
+                                        Floats (&products)[DOT_ROWS][M]) const {
+        Floats w[DOT_ROWS][GROUP_TURNS];
+        for (int r = 0; r < DOT_ROWS; ++r) codes.template numbers<G>(loaded[r], w[r]);
         for (int m = 0; m < M; ++m) {
             const float* at = from.numbers + m * from.stride + span * QUADS + G * 32;
             for (int t = 0; t < GROUP_TURNS; ++t) {
                 const Floats a = load(at + t * LANES);
-                for (int r = 0; r < QUADS_ROWS; ++r) {
+                for (int r = 0; r < DOT_ROWS; ++r) {
                     const bool first = t == 0 && (G == 0 || NARROW);
                     products[r][m] = first ? multiply(w[r][t], a) : multiply_add(w[r][t], a, products[r][m]);
                 }
@@ -101,14 +98,14 @@ struct QuadsDot {
 
     // total[r][m] += what spans start ... stop contribute; `planes` count spans from `start`.
     template <int M>
-    QUANTLIB_INLINE void add_spans(const Planes (&planes)[QUADS_ROWS], const Numbers& numbers, const QuadsX& from,
-                                   int64_t start, int64_t stop, Floats (&total)[QUADS_ROWS][M]) const {
+    QUANTLIB_INLINE void add_spans(const Planes (&planes)[DOT_ROWS], const Numbers& numbers, const QuadsX& from,
+                                   int64_t start, int64_t stop, Floats (&total)[DOT_ROWS][M]) const {
         for (int64_t span = start; span < stop; ++span) {
-            typename Codes::Loaded loaded[QUADS_ROWS];
-            Floats scale[2][QUADS_ROWS], zeros[2][QUADS_ROWS], minima[2][QUADS_ROWS], products[QUADS_ROWS][M];
-            for (int r = 0; r < QUADS_ROWS; ++r) {
+            typename Codes::Loaded loaded[DOT_ROWS];
+            Floats scale[2][DOT_ROWS], zeros[2][DOT_ROWS], minima[2][DOT_ROWS], products[DOT_ROWS][M];
+            for (int r = 0; r < DOT_ROWS; ++r) {
                 loaded[r] = codes.load(planes[r], span - start);
-                const auto spread_to = [&](const float* pieces, Floats (&to)[2][QUADS_ROWS]) {
+                const auto spread_to = [&](const float* pieces, Floats (&to)[2][DOT_ROWS]) {
                     Floats groups[2];
                     spread.template operator()<NARROW>(pieces, span, groups);
                     to[0][r] = groups[0], to[1][r] = groups[1];
@@ -124,25 +121,25 @@ struct QuadsDot {
     }
 
     template <int M>
-    inline void some_xs(const QuadsRow (&rows)[QUADS_ROWS], const Numbers& numbers, int64_t& done, float* values) const {
+    inline void some_xs(const QuadsRow (&rows)[DOT_ROWS], const Numbers& numbers, int64_t& done, float* values) const {
         for (; done + M <= call.m; done += M) {
             const QuadsX from = x.from_row(done);
-            Floats total[QUADS_ROWS][M];
-            for (int r = 0; r < QUADS_ROWS; ++r) {
+            Floats total[DOT_ROWS][M];
+            for (int r = 0; r < DOT_ROWS; ++r) {
                 for (int m = 0; m < M; ++m) total[r][m] = zero();
             }
             const int64_t inside = least(rows[0].whole(), spans);
-            const Planes planes[QUADS_ROWS] = {rows[0].planes(), rows[1].planes()};
+            const Planes planes[DOT_ROWS] = {rows[0].planes(), rows[1].planes()};
             add_spans<M>(planes, numbers, from, 0, inside, total);
             if (inside < spans) {
-                const Planes tails[QUADS_ROWS] = {rows[0].tail(), rows[1].tail()};
+                const Planes tails[DOT_ROWS] = {rows[0].tail(), rows[1].tail()};
                 add_spans<M>(tails, numbers, from, inside, spans, total);
             }
-            float* to = values + done * QUADS_ROWS * QUADS_WRITTEN;
+            float* to = values + done * DOT_ROWS * WRITE_ROWS;
             const bool damaged = codes.damaged();
             for (int m = 0; m < M; ++m) {
-                for (int r = 0; r < QUADS_ROWS; ++r) {
-                    to[(m * QUADS_ROWS + r) * QUADS_WRITTEN] = damaged ? __builtin_nanf("") : sum(total[r][m]);
+                for (int r = 0; r < DOT_ROWS; ++r) {
+                    to[(m * DOT_ROWS + r) * WRITE_ROWS] = damaged ? __builtin_nanf("") : sum(total[r][m]);
                 }
             }
         }
@@ -152,32 +149,16 @@ struct QuadsDot {
         const Plan& plan = *call.plan;
         expand_row(plan, call.parts, first, memory.numbers[0], plan.span_piece);
         expand_row(plan, call.parts, second, memory.numbers[1], plan.span_piece);
-        const QuadsRow rows[QUADS_ROWS] = {{plan, call.parts, first}, {plan, call.parts, second}};
+        const QuadsRow rows[DOT_ROWS] = {{plan, call.parts, first}, {plan, call.parts, second}};
         int64_t done = 0;
         some_xs<4>(rows, memory.numbers, done, values);
         some_xs<2>(rows, memory.numbers, done, values);
         some_xs<1>(rows, memory.numbers, done, values);
     }
 
-    inline void write(int64_t row, int64_t rows, float* values) const {
-        uint8_t* y = static_cast<uint8_t*>(call.y);
-        for (int64_t m = 0; m < call.m; ++m, values += QUADS_ROWS * QUADS_WRITTEN) {
-            for (int64_t r = 0; call.bias != nullptr && r < rows; ++r) values[r] += call.bias[row + r];
-            write_numbers(call.dtype, values, rows, y + (m * call.plan->n + row) * item_size(call.dtype));
-        }
-    }
-
-    // The rows of a pair lie half the range apart, so that each is one of a stream without gaps.
     void rows(int64_t start, int64_t stop, const QuadsMemory& memory) const {
-        const int64_t half = (stop - start + 1) / 2;
-        for (int64_t done = 0; done < half; done += QUADS_WRITTEN) {
-            const int64_t first = start + done, second = first + half, count = least(QUADS_WRITTEN, half - done);
-            for (int64_t r = 0; r < count; ++r) {
-                two_rows(first + r, least(second + r, stop - 1), memory, memory.values + r);
-            }
-            write(first, count, memory.values);
-            write(second, least(count, stop - second), memory.values + QUADS_WRITTEN);
-        }
+        multiply_row_pairs(call, start, stop, memory.values,
+                           [&](int64_t first, int64_t second, float* values) { two_rows(first, second, memory, values); });
     }
 };
 
@@ -203,7 +184,7 @@ bool quads_dot(const LinearCall& call) {
     const int64_t sums_stride = shifted ? spans * 2 * LANES : 0;
     const int threads = useful_threads(plan.n * row_floats * call.m, call.threads);
     const int64_t numbers_floats = round_up(numbers_size(plan), LANES);
-    const int64_t thread_floats = QUADS_ROWS * (numbers_floats + call.m * QUADS_WRITTEN);
+    const int64_t thread_floats = DOT_ROWS * (numbers_floats + call.m * WRITE_ROWS);
     const Scratch arranged(call.m * stride), natural(row_floats), sums(call.m * sums_stride), own(threads * thread_floats);
     if (arranged.floats == nullptr || natural.floats == nullptr || sums.floats == nullptr || own.floats == nullptr) {
         return false;
@@ -224,7 +205,7 @@ bool quads_dot(const LinearCall& call) {
                                                                                                           spans};
                 float* floats = own.floats + part * thread_floats;
                 const QuadsMemory memory = {{carve_numbers(plan, floats), carve_numbers(plan, floats + numbers_floats)},
-                                            floats + QUADS_ROWS * numbers_floats};
+                                            floats + DOT_ROWS * numbers_floats};
                 work.rows(plan.n * part / threads, plan.n * (part + 1) / threads, memory);
             }
         });

@@ -63,6 +63,31 @@ struct Scratch {
     ~Scratch() { free(floats); }
 };
 
+// Kernels at the speed of memory multiply rows of W in pairs (DOT_ROWS), and write WRITE_ROWS of each half together.
+constexpr int DOT_ROWS = 2, WRITE_ROWS = 16;
+
+// Products [m][DOT_ROWS][WRITE_ROWS] of `rows` rows of W with every row of x, and the bias -> y.
+inline void write_products(const LinearCall& call, int64_t row, int64_t rows, float* values) {
+    uint8_t* y = static_cast<uint8_t*>(call.y);
+    for (int64_t m = 0; m < call.m; ++m, values += DOT_ROWS * WRITE_ROWS) {
+        for (int64_t r = 0; call.bias != nullptr && r < rows; ++r) values[r] += call.bias[row + r];
+        write_numbers(call.dtype, values, rows, y + (m * call.plan->n + row) * item_size(call.dtype));
+    }
+}
+
+// Call two_rows(first, second, where their products go) for rows start ... stop, and write what it makes. The rows of a pair lie
+// half the range apart, so that each is one of a stream without gaps.
+template <class TwoRows>
+inline void multiply_row_pairs(const LinearCall& call, int64_t start, int64_t stop, float* values, TwoRows two_rows) {
+    const int64_t half = (stop - start + 1) / 2;
+    for (int64_t done = 0; done < half; done += WRITE_ROWS) {
+        const int64_t first = start + done, second = first + half, count = least(WRITE_ROWS, half - done);
+        for (int64_t r = 0; r < count; ++r) two_rows(first + r, least(second + r, stop - 1), values + r);
+        write_products(call, first, count, values);
+        write_products(call, second, least(count, stop - second), values + WRITE_ROWS);
+    }
+}
+
 // A thread costs microseconds to wake: none for less than `grain` weights times rows of x.
 inline int useful_threads(int64_t work, int threads) {
     constexpr int64_t grain = 1 << 18;
