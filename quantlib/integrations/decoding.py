@@ -55,11 +55,13 @@ class Decoder:
         ]
         self._program: Program | None = None
         self._built_for: tuple[Any, ...] = ()
+        self._looked = False
         self._logits = torch.empty(0)
 
     def reset(self) -> None:
-        """Forget every position."""
+        """Forget every position. Here and before a prompt the decoder looks whether a weight lies elsewhere than before."""
         self.position = 0
+        self._looked = False
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> Tensor:
@@ -68,6 +70,7 @@ class Decoder:
 
         ids = ids.reshape(-1)
         self._check_room(ids.numel())
+        self._looked = False
         cache = DynamicCache(config=self.model.config)
         if self.position:
             for layer, (keys, values) in enumerate(self.caches):
@@ -122,11 +125,15 @@ class Decoder:
             )
 
     def _prepared(self) -> Program:
-        """The program, made anew where a weight, or the number of threads, is another."""
+        """The program, made anew where a weight, or the number of threads, is another. Asking for every tensor of a model takes
+        longer than some of its layers: once per prompt, not per token."""
+        if self._program is not None and self._looked:
+            return self._program
         wanted = (torch.get_num_threads(), *(tensor.data_ptr() for tensor in _tensors(self.model)))
         if self._program is None or wanted != self._built_for:
             self._program, self._logits = _Builder(self.model, self.caches, self.max_length).build()
             self._built_for = wanted
+        self._looked = True
         return self._program
 
 
