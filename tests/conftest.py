@@ -61,6 +61,18 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     cpu._cpu.set_isa(before)
 
 
+@pytest.fixture(scope="module")
+def unusual_formats(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The module's UNUSUAL, formats that no family builds, in the registry until the module ends."""
+    from quantlib.formats import register, unregister
+
+    for fmt in request.module.UNUSUAL:
+        register(fmt)
+    yield
+    for fmt in request.module.UNUSUAL:
+        unregister(fmt.name)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -53,13 +52,7 @@ UNUSUAL: tuple[Format, ...] = (
 """What no family builds: every width, blocks that no vector fits, tables that lie in any order, small super-scales."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def unusual_formats() -> Iterator[None]:
-    for fmt in UNUSUAL:
-        register(fmt)
-    yield
-    for fmt in UNUSUAL:
-        unregister(fmt.name)
+pytestmark = pytest.mark.usefixtures("unusual_formats")
 
 
 @cache

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 import quantlib
 from quantlib.dispatch import choices, problem_of, select
-from quantlib.formats import Format, get_format, register, unregister
+from quantlib.formats import Format, get_format
 from quantlib.kernels import cpu, cpu_pairs, get_kernel
 from quantlib.testing import assert_close, assert_same_bits, assert_within_ulps, random_weight
 
@@ -29,13 +27,7 @@ SHAPES = (*cases.SHAPES, (37, 2300), (5, 4500))
 """With rows over several blocks of columns, and a last span that is not whole."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def unusual_formats() -> Iterator[None]:
-    for fmt in UNUSUAL:
-        register(fmt)
-    yield
-    for fmt in UNUSUAL:
-        unregister(fmt.name)
+pytestmark = pytest.mark.usefixtures("unusual_formats")
 
 
 def exact(fmt: Format) -> bool:

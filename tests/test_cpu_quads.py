@@ -9,7 +9,7 @@ import torch
 
 import quantlib
 from quantlib.dispatch import choices, problem_of, select
-from quantlib.formats import Format, get_format, register, unregister
+from quantlib.formats import Format, get_format
 from quantlib.kernels import cpu, cpu_quads, get_kernel
 from quantlib.kernels.cpu_pairs import exact_in_bf16
 from quantlib.testing import assert_close, assert_same_bits, assert_within_ulps, random_weight
@@ -32,13 +32,7 @@ SHAPES = (*cases.SHAPES, (37, 2300), (5, 4500))
 """With a last span that is not whole."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def unusual_formats() -> Iterator[None]:
-    for fmt in UNUSUAL:
-        register(fmt)
-    yield
-    for fmt in UNUSUAL:
-        unregister(fmt.name)
+pytestmark = pytest.mark.usefixtures("unusual_formats")
 
 
 @pytest.fixture(params=[isa for isa in instruction_sets() if isa != "scalar"], autouse=True)
