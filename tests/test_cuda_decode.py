@@ -10,14 +10,20 @@ import pytest
 from bench.cuda_decode import Decode, decode_of, listings
 from quantlib.kernels import cuda_module
 
-LIMITS = {"7IntegerINS0_4Bf16ELi4E": 1.75, "12ScaledFloat4INS0_4Bf16E": 2.25, "5TableINS0_4Bf16E": 3.0}
+LIMITS = {"7IntegerINS0_{}ELi4E": 1.75, "12ScaledFloat4INS0_{}E": 2.25, "5TableINS0_{}E": 3.0}
 """Codec, as it stands in a kernel's symbol -> the most instructions per weight between its load and the multiplication."""
 
-TARGETS = ("sm_90",)
+DTYPES = ("4Bf16", "4Half")
 
 
-def _missing() -> str | None:
-    return cuda_module.unavailable() or cuda_module.refusal("sm80", 90)
+def _missing(chip: int) -> str | None:
+    return cuda_module.unavailable() or cuda_module.refusal("sm80", chip)
+
+
+TARGETS = [
+    pytest.param(f"sm_{chip}", marks=pytest.mark.skipif(_missing(chip) is not None, reason=f"{_missing(chip)}"))
+    for chip in (80, 90)
+]
 
 
 @cache
@@ -26,19 +32,17 @@ def counted(target: str) -> dict[str, Decode]:
     return {symbol: decode_of(listing) for symbol, listing in found.items() if "linear_frag_kernel" in symbol}
 
 
-@pytest.mark.skipif(_missing() is not None, reason=f"{_missing()}")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codec", LIMITS)
 @pytest.mark.parametrize("target", TARGETS)
-def test_decoding_stays_within_its_limit(target: str) -> None:
-    kernels = counted(target)
-    for codec, limit in LIMITS.items():
-        own = {symbol: decode for symbol, decode in kernels.items() if codec in symbol}
-        assert len(own) >= 4, f"{codec}: instances for 8, 16, 32 and 64 rows"
-        for symbol, decode in own.items():
-            assert decode.weights == 64, symbol
-            assert 0.5 < decode.per_weight <= limit, f"{symbol}: {decode.per_weight:.2f}, {dict(decode.opcodes)}"
+def test_decoding_stays_within_its_limit(target: str, codec: str, dtype: str) -> None:
+    own = {symbol: decode for symbol, decode in counted(target).items() if codec.format(dtype) in symbol}
+    assert len(own) >= 4, "instances for 8, 16, 32 and 64 rows"
+    for symbol, decode in own.items():
+        assert decode.weights == 64, symbol
+        assert 0.5 < decode.per_weight <= LIMITS[codec], f"{symbol}: {decode.per_weight:.2f}, {dict(decode.opcodes)}"
 
 
-@pytest.mark.skipif(_missing() is not None, reason=f"{_missing()}")
 @pytest.mark.parametrize("target", TARGETS)
 def test_words_and_activations_are_copied_by_16_bytes(target: str) -> None:
     for symbol, decode in counted(target).items():

@@ -83,7 +83,7 @@ def test_small_floats_are_spread_as_the_diagram_says() -> None:
     weight = random_codes(quantized(fmt, 16, 64))
     codes = unpack(weight.parts["codes"], 4, 64)
     words = lane_words(weight).to(torch.int64) & 0xFFFFFFFF
-    places = {0: ((6, 7, 8), 15), 1: ((3, 4, 5), 12), 2: ((0, 1, 2), 9), 3: ((10, 11, 13), 14)}
+    places = {0: ((0, 1, 2), 13), 1: ((3, 4, 5), 12), 2: ((6, 7, 8), 14), 3: ((9, 10, 11), 15)}
     for row, column in torch.cartesian_prod(torch.arange(16), torch.arange(64)).tolist():
         pair = 2 * (column % 16 // 8) + row // 8
         half = int(words[0, 0, 0, 4 * (row % 8) + column % 8 // 2, column // 16]) >> (16 * (column % 2)) & 0xFFFF

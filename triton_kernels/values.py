@@ -60,16 +60,16 @@ def pair_codes(word0, upper, word1, word2, hidden, spec: tl.constexpr, P: tl.con
 
 @triton.jit
 def split_sign_bits(word, P: tl.constexpr):
-    """4-bit floats: sign (bit 15) and magnitude (bits 8 .. 6) of pair P in both halves; the layout has spread a half's bits so
-    that three of four pairs cost one shift and one mask."""
+    """4-bit floats: sign (bit 15) and magnitude (bits 8 .. 6) of pair P in both halves. The layout spreads a half's bits so that
+    bf16 and fp16 need the same number of shifts and masks (layouts/fragments.py)."""
     if P == 0:
-        return word & -0x7E3F7E40
+        return ((word << 6) & 0x01C001C0) | ((word << 2) & -0x7FFF8000)
     elif P == 1:
         return (word << 3) & -0x7E3F7E40
     elif P == 2:
-        return (word << 6) & -0x7E3F7E40
+        return (word & 0x01C001C0) | ((word << 1) & -0x7FFF8000)
     else:
-        return ((word << 1) & -0x7FFF8000) | ((word >> 4) & 0x00C000C0) | ((word >> 5) & 0x01000100)
+        return ((word >> 3) & 0x01C001C0) | (word & -0x7FFF8000)
 
 
 @triton.jit

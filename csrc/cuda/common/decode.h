@@ -135,25 +135,24 @@ struct Table {
     QL_DEVICE uint32_t entry(uint32_t moved) const { return load_shared<uint32_t>(table + lop3<AND_OR>(moved, mask, own)); }
 };
 
-// Bits of E2M1 as the layout spreads them -> sign (15) and magnitude (8 .. 6) of pair p in both halves: the number * 2^-126 as
-// bf16.
-QL_DEVICE uint32_t spread_float4(uint32_t word, int p, uint32_t mask, uint32_t sign) {
-    if (p < 3) return (word << (3 * p)) & mask;
-    uint32_t moved = lop3<AND_OR>(word >> 4, 0x00C000C0, (word << 1) & sign);
-    return lop3<AND_OR>(word >> 5, 0x01000100, moved);
-}
-
+// E2M1 as the layout spreads it -> sign (15) and magnitude where T's lowest exponent bits and highest mantissa bit are, in both
+// halves: the number * 2^-126 (bf16), * 2^-14 (fp16).
 template <class T>
 struct Float4Bits {
-    uint32_t mask, sign, magnitude;
+    static constexpr int TARGET = Constants<T>::mantissa - 1;  // of the magnitude's lowest bit
+    uint32_t magnitude, sign, together;
 
-    QL_DEVICE Float4Bits() { mask = kept(0x81C081C0), sign = kept(0x80008000), magnitude = kept(0x0E000E00); }
+    QL_DEVICE Float4Bits() {
+        constexpr uint32_t MAGNITUDE = both(7u << TARGET), SIGN = 0x80008000;
+        magnitude = kept(MAGNITUDE), sign = kept(SIGN), together = kept(MAGNITUDE | SIGN);
+    }
 
-    // The number times 2^-126 (bf16) or 2^-14 (fp16).
     QL_DEVICE uint32_t bits(uint32_t word, int p) const {
-        uint32_t moved = spread_float4(word, p, mask, sign);
-        if constexpr (Constants<T>::mantissa == 10) moved = lop3<AND_OR>(moved << 3, magnitude, moved & sign);
-        return moved;
+        constexpr int SIGN_AT[4] = {13, 12, 14, 15};  // the magnitude of pair p begins at 3 p
+        int up = TARGET - 3 * p, sign_up = 15 - SIGN_AT[p];
+        uint32_t moved = up >= 0 ? word << (up < 0 ? 0 : up) : word >> (up < 0 ? -up : 0);
+        if (up == sign_up) return moved & together;
+        return lop3<AND_OR>(moved, magnitude, (word << sign_up) & sign);
     }
 };
 
@@ -188,7 +187,8 @@ struct ScaledFloat4 {
     QL_DEVICE ScaledFloat4(const FragmentWeight&, const std::byte*, int lane) {
         // The byte q of either word; E4M3's sign, which is 0, fills the bytes above.
         uint32_t q = lane & 3;
-        selector = q | (8 | q) << 4 | (4 | q) << 8 | (12 | q) << 12;
+        // What a shuffle brings is kept in a register; what is calculated, ptxas may calculate anew in every turn.
+        selector = shuffle_quad(q | (8 | q) << 4 | (4 | q) << 8 | (12 | q) << 12, q);
     }
 
     // words: the scales of a tile's four steps, of row r and of row r + 8. -> scale * 2^118 (bf16), * 2^6 (fp16), pairs (r, r + 8).
