@@ -133,7 +133,10 @@ void linear(const Plan& plan, const Parts& parts, int64_t m, const std::string& 
                              reinterpret_cast<void*>(y),
                              threads};
     const auto chosen = kernels().*KERNEL;
-    if (chosen == nullptr) throw std::invalid_argument("the instruction set " + isa() + " has no products of bf16 pairs");
+    if (chosen == nullptr) {
+        constexpr bool LOOKUP = KERNEL == &Kernels::lookup_dot || KERNEL == &Kernels::lookup_tile;
+        throw std::invalid_argument("the instruction set " + isa() + (LOOKUP ? " has no look-ups" : " has no products of bf16 pairs"));
+    }
     py::gil_scoped_release release;
     if (!chosen(call)) throw std::bad_alloc();
 }
@@ -200,10 +203,13 @@ PYBIND11_MODULE(_cpu, module) {
     define_product("pairs_dot", &linear<&Kernels::pairs_dot>, "The same with codes of 2 to 6 or 8 bits as bf16 numbers.");
     define_product("pairs_tile", &linear<&Kernels::pairs_tile>, "The same for bf16 x, with weights rounded to bf16.");
     define_product("pairs_dgrad", &linear<&Kernels::pairs_dgrad>, "y[m, k] = x[m, n] W in bf16, without a bias.");
+    define_product("lookup_dot", &linear<&Kernels::lookup_dot>, "The same by byte look-ups, for one or two rows of x.");
+    define_product("lookup_tile", &linear<&Kernels::lookup_tile>, "The same for several rows of x, with weights decoded in fp32.");
     module.def("dequantize", &dequantize, py::arg("plan"), py::arg("parts"), py::arg("rows"), py::arg("columns"),
                py::arg("dtype"), py::arg("out"), py::arg("threads"),
                "W[rows, columns], two (start, stop), in `dtype` at the address `out`, contiguous.");
     module.def("has_pairs", [] { return kernels().pairs_dot != nullptr; }, "Whether the set that runs multiplies bf16 pairs.");
+    module.def("has_lookup", [] { return kernels().lookup_dot != nullptr; }, "Whether the set that runs has byte look-ups.");
     module.def("isa", &isa, "The instruction set that runs.");
     module.def("available_isas", &available_isas, "The sets that this build and this machine have, slowest first.");
     module.def("set_isa", &set_isa, py::arg("name"), "Choose an available set (for tests and comparisons).");

@@ -9,6 +9,14 @@
 #include "pairs_tile.h"
 #include "search.h"
 
+#if QUANTLIB_ISA_LEVEL == 1 || QUANTLIB_ISA_LEVEL == 2
+// lookup.cpp, compiled for AVX2 alone: it serves AVX-512 without BF16 too.
+namespace quantlib::cpu::avx2 {
+bool lookup_dot(const LinearCall& call);
+bool lookup_tile(const LinearCall& call);
+}  // namespace quantlib::cpu::avx2
+#endif
+
 namespace quantlib::cpu::QUANTLIB_ISA {
 
 extern const Kernels kernels;
@@ -20,6 +28,13 @@ const Kernels kernels = {
     pairs_dgrad,
 #else
     nullptr,
+    nullptr,
+    nullptr,
+#endif
+#if QUANTLIB_ISA_LEVEL == 1 || QUANTLIB_ISA_LEVEL == 2
+    avx2::lookup_dot,
+    avx2::lookup_tile,
+#else
     nullptr,
     nullptr,
 #endif

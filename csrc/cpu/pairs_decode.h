@@ -3,7 +3,7 @@
 // multiple of eight columns, so that a scale can wait until a lane's products have been added.
 #pragma once
 
-#include "scales.h"
+#include "rows.h"
 #include "simd_pairs.h"
 
 #ifdef QUANTLIB_HAS_PAIRS
@@ -66,12 +66,6 @@ struct ByteCodes {
     }
 };
 
-// What a format subtracts, besides its scale: nothing, an integer before the scale, a float after it.
-enum class Shift { none, zero, minimum };
-inline Shift shift_of(const Plan& plan) {
-    return plan.has_zero ? Shift::zero : plan.has_minimum ? Shift::minimum : Shift::none;
-}
-
 // How a row's numbers, one per `plan.span_piece` columns, are spread over the lanes of a span.
 class Spread {
   public:
@@ -89,33 +83,7 @@ class Spread {
     Ints index_;
 };
 
-// One weight row: its codes, and a padded copy of the last span where the stored codes end inside it.
-class PairsRow {
-  public:
-    PairsRow(const Plan& plan, const Parts& parts, int64_t row)
-        : whole_(plan.padded_k / SPAN),
-          planes_(planes_of(plan.bits, parts.codes + row * (plan.padded_k * plan.bits / 8), plan.padded_k)) {
-        for (int i = 0; i < 3 && whole_ < spans_of(plan.k); ++i) {
-            const int width = PLANE_WIDTHS[plan.bits][i];
-            memset(tail_[i], 0, SPAN);
-            memcpy(tail_[i], planes_.plane[i] + whole_ * (SPAN * width / 8), (plan.padded_k - whole_ * SPAN) * width / 8);
-        }
-    }
-    int64_t whole() const { return whole_; }
-    const Planes& planes() const { return planes_; }
-    Planes tail() const { return {{tail_[0], tail_[1], tail_[2]}}; }
-
-  private:
-    const int64_t whole_;  // spans that lie inside the stored codes
-    const Planes planes_;
-    uint8_t tail_[3][SPAN];
-};
-
-// A Shift as a type.
-template <Shift SHIFT>
-struct Shifted {
-    static constexpr Shift shift = SHIFT;
-};
+using PairsRow = SpanRow<SPAN>;
 
 template <class With>
 inline void with_codes(const Plan& plan, With with) {

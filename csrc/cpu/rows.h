@@ -43,6 +43,41 @@ class Row {
     }
 };
 
+// One weight row in spans of SPAN columns: its codes, and a padded copy of the last span where the stored codes end inside it.
+template <int SPAN>
+class SpanRow {
+  public:
+    SpanRow(const Plan& plan, const Parts& parts, int64_t row)
+        : whole_(plan.padded_k / SPAN),
+          planes_(planes_of(plan.bits, parts.codes + row * (plan.padded_k * plan.bits / 8), plan.padded_k)) {
+        for (int i = 0; i < 3 && whole_ * SPAN < plan.k; ++i) {
+            const int width = PLANE_WIDTHS[plan.bits][i];
+            memset(tail_[i], 0, SPAN);
+            memcpy(tail_[i], planes_.plane[i] + whole_ * (SPAN * width / 8), (plan.padded_k - whole_ * SPAN) * width / 8);
+        }
+    }
+    int64_t whole() const { return whole_; }
+    const Planes& planes() const { return planes_; }
+    Planes tail() const { return {{tail_[0], tail_[1], tail_[2]}}; }
+
+  private:
+    const int64_t whole_;  // spans that lie inside the stored codes
+    const Planes planes_;
+    uint8_t tail_[3][SPAN];
+};
+
+// What a format subtracts, besides its scale: nothing, an integer before the scale, a float after it.
+enum class Shift { none, zero, minimum };
+inline Shift shift_of(const Plan& plan) {
+    return plan.has_zero ? Shift::zero : plan.has_minimum ? Shift::minimum : Shift::none;
+}
+
+// A Shift as a type.
+template <Shift SHIFT>
+struct Shifted {
+    static constexpr Shift shift = SHIFT;
+};
+
 // Floats that one row's numbers take.
 inline int64_t numbers_size(const Plan& plan) { return 4 * row_capacity(plan); }
 

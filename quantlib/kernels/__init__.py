@@ -3,6 +3,7 @@
 from quantlib.kernels import (
     activations,
     cpu,
+    cpu_lookup,
     cpu_pairs,
     cpu_quantize,
     cuda_fragments,
@@ -22,6 +23,7 @@ __all__ = [
     "Problem",
     "activations",
     "cpu",
+    "cpu_lookup",
     "cpu_pairs",
     "cpu_quantize",
     "cuda_fragments",
