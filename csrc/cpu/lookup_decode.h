@@ -231,18 +231,6 @@ struct SpanLanes {
 
 using LookupRow = SpanRow<SPAN>;
 
-// Fill `numbers` for a row, in units of the decoder.
-inline void expand_lookup(const Plan& plan, const Parts& parts, int64_t row, float unit, const RowNumbers& numbers) {
-    expand_row(plan, parts, row, numbers, plan.span_piece);
-    if (unit != 1) {
-        const Floats up = broadcast(unit), down = broadcast(1 / unit);
-        for (int64_t i = 0; i < pieces_of(plan, plan.span_piece); i += LANES) {
-            store(numbers.scale + i, multiply(load(numbers.scale + i), up));
-            if (plan.has_zero) store(numbers.zero + i, multiply(load(numbers.zero + i), down));
-        }
-    }
-}
-
 template <class Codes, class SpanLanes, class With>
 inline void with_shift(const Plan& plan, const Codes& codes, const SpanLanes& lanes, With with) {
     switch (shift_of(plan)) {

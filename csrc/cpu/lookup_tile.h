@@ -12,9 +12,9 @@ namespace quantlib::cpu::QUANTLIB_ISA {
 
 constexpr int TILE_ROWS = 4, TILE_XS = 3;  // 12 sums, and room for three vectors of x and one of W
 constexpr int BLOCK_ROWS = 32;
-constexpr int BLOCK_SPANS = 8;
+constexpr int BLOCK_SPANS = 16;
 constexpr int64_t BLOCK_FLOATS = x_stride_of(BLOCK_SPANS);
-constexpr int64_t BLOCK_XS = 96;  // rows of x whose columns of a block stay in the second-level cache, beside those of W
+constexpr int64_t BLOCK_XS = 48;  // rows of x whose columns of a block stay in the second-level cache, beside those of W
 
 template <Shift SHIFT>
 QUANTLIB_INLINE Floats scaled(Floats number, Floats scale, Floats shift) {

@@ -1,7 +1,7 @@
 // x in fp32, in the order in which weights are decoded (lookup_decode.h), made once per call.
 #pragma once
 
-#include "lookup_decode.h"
+#include "lookup_scales.h"
 
 #ifdef QUANTLIB_HAS_LOOKUP
 namespace quantlib::cpu::QUANTLIB_ISA {

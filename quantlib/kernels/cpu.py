@@ -293,6 +293,8 @@ class CpuLinear(Kernel):
         return refusal(problem)
 
     def cost(self, problem: Problem) -> float:
+        if isa() in ("avx2", "scalar"):  # measured with AVX2
+            return predicted(problem, self.name, decode_rate=6.2, peak_share=0.8)
         return predicted(problem, self.name, decode_rate=21.0, peak_share=0.95)
 
     def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:

@@ -1,14 +1,13 @@
 """C++ kernels that look up bytes of fp32 numbers (csrc/cpu/lookup_*.h), for CPUs with AVX2 and without products of bf16 pairs.
 
-One or two rows of x run at the speed of memory: scales wait for the sums of a block's columns. More rows run at the speed of the
-multipliers: blocks of W are decoded to fp32 in the cache.
+Few rows of x: codes go into products without a store, and scales wait for the sums of a block's columns. More rows: blocks of W
+are decoded to fp32 in the cache, once for all of them.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from quantlib.kernels import cpu
@@ -20,8 +19,8 @@ CODE_BITS = range(2, 9)
 """Widths of codes that come apart into bytes."""
 ROWS_AT_ONCE = 1024
 """Rows of x in one call: bounds the memory of x in fp32."""
-DOT_ROWS = 2
-"""Rows of x up to which weights go from their codes into products without a store."""
+DOT_ROWS = 8
+"""Rows of x up to which decoding for each of them is no slower than storing what was decoded."""
 
 
 class LookupKernel(Kernel):
@@ -70,10 +69,13 @@ class CpuLookupDot(LookupKernel):
         if problem.m > DOT_ROWS:
             return f"multiplies up to {DOT_ROWS} rows; the batch has {problem.m}"
         if problem.batch_invariant:
-            return "dispatch takes another kernel for another batch, and batch_invariant is set: cpu_lookup_tile serves every one"
+            return (
+                "dispatch takes another kernel for another batch, and batch_invariant is set: cpu_lookup_tile serves all"
+            )
         return super().supports(problem)
 
     def cost(self, problem: Problem) -> float:
+        # Decoding is done again for every row, so it counts as multiplying. Rates of both kernels: two cores of Zen 3.
         return predicted(problem, self.name, decode_rate=60.0, peak_share=1.0)
 
 
@@ -82,8 +84,13 @@ class CpuLookupTile(LookupKernel):
     function = "lookup_tile"
     scaling = "weights decoded in fp32 and not rounded; fp32 products and sums, rounded once to x's dtype"
 
+    def supports(self, problem: Problem) -> str | None:
+        if problem.batch_invariant and cpu.isa() != "avx2":
+            return f"leaves batch_invariant to cpu_linear with {cpu.isa()}, where which is faster depends on the batch"
+        return super().supports(problem)
+
     def cost(self, problem: Problem) -> float:
-        return predicted(problem, self.name, decode_rate=22.0, peak_share=1.0)
+        return predicted(problem, self.name, decode_rate=10.4, peak_share=1.42)
 
 
 register_kernel(CpuLookupDot())
