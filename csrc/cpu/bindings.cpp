@@ -203,7 +203,7 @@ PYBIND11_MODULE(_cpu, module) {
     define_product("pairs_dot", &linear<&Kernels::pairs_dot>, "The same with codes of 2 to 6 or 8 bits as bf16 numbers.");
     define_product("pairs_tile", &linear<&Kernels::pairs_tile>, "The same for bf16 x, with weights rounded to bf16.");
     define_product("pairs_dgrad", &linear<&Kernels::pairs_dgrad>, "y[m, k] = x[m, n] W in bf16, without a bias.");
-    define_product("lookup_dot", &linear<&Kernels::lookup_dot>, "The same by byte look-ups, for one or two rows of x.");
+    define_product("lookup_dot", &linear<&Kernels::lookup_dot>, "The same by byte look-ups, for few rows of x.");
     define_product("lookup_tile", &linear<&Kernels::lookup_tile>, "The same for several rows of x, with weights decoded in fp32.");
     module.def("dequantize", &dequantize, py::arg("plan"), py::arg("parts"), py::arg("rows"), py::arg("columns"),
                py::arg("dtype"), py::arg("out"), py::arg("threads"),

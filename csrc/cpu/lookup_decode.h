@@ -24,7 +24,7 @@ struct ByteCodes {
     Ints even, odd;
 };
 
-// Codes of BITS bits, of one to three planes, `ahead` bytes before those that will be wanted later.
+// Codes of BITS bits, of one to three planes; what lies `ahead` bytes further on is asked for.
 template <int BITS>
 QUANTLIB_INLINE ByteCodes byte_codes(const Planes& planes, int64_t span, int64_t ahead) {
     constexpr int FIRST = PLANE_WIDTHS[BITS][0], SECOND = PLANE_WIDTHS[BITS][1], THIRD = PLANE_WIDTHS[BITS][2];
@@ -61,13 +61,13 @@ QUANTLIB_INLINE void take_words(Ints low, Ints high, int turn, Take& take) {
 }
 
 // What every decoder has: numbers(), which gives vectors to take(vector, numbers) one by one, vector 0 of each half before its
-// others, so that few registers are in use; unit, by which its numbers are too small; BYTES, whether codes have 8 bits; column(), its order; start(), note() and damaged(), which
-// watch for codes that are no numbers.
+// others, so that few registers are in use; unit, by which its numbers are too small; BYTES, whether codes have 8 bits; column(),
+// its order; start() and damaged(), which watch for codes that are no numbers. IN_PLACE, offset and place(): lookup_place.h.
 struct Decoder {
     static constexpr bool BYTES = false, IN_PLACE = false;
     static constexpr float offset = 0, unit = 1;
     static int column(int vector, int lane) { return lane / 4 * 32 + vector / HALF * 16 + lane % 4 * 4 + vector % HALF; }
-    static int place(int) { return 0; }  // lookup_place.h
+    static int place(int) { return 0; }
     QUANTLIB_INLINE Ints start() const { return _mm256_setzero_si256(); }
     static inline bool damaged(Ints) { return false; }
 };

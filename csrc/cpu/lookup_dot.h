@@ -1,5 +1,5 @@
-// y[M, N] = x[M, K] W^T + bias for one row of x or two, at the speed of memory: codes go from their packed bytes by byte look-ups
-// into fp32 products; scales, zeros and minima are applied to the fp32 sums of a lane, four or eight columns of one block.
+// y[M, N] = x[M, K] W^T + bias for few rows of x: codes go from their packed bytes into fp32 products without a store, once for
+// each row of x; scales, zeros and minima are applied to the fp32 sums of a lane, four or eight columns of one block.
 //
 // Each product of a row of W and a row of x is added up in one order, whatever the other rows and the number of threads.
 #pragma once

@@ -69,9 +69,7 @@ class CpuLookupDot(LookupKernel):
         if problem.m > DOT_ROWS:
             return f"multiplies up to {DOT_ROWS} rows; the batch has {problem.m}"
         if problem.batch_invariant:
-            return (
-                "dispatch takes another kernel for another batch, and batch_invariant is set: cpu_lookup_tile serves all"
-            )
+            return "dispatch takes another kernel for another batch, and batch_invariant is set: cpu_lookup_tile serves all"
         return super().supports(problem)
 
     def cost(self, problem: Problem) -> float:
