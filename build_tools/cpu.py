@@ -51,13 +51,16 @@ def units(compiler: Compiler, include: tuple[str, ...], openmp: bool, facts: dic
         return Unit(SOURCES / source, name, command, compiler.version)
 
     levels = list(ISA_FLAGS)
-    kernels = [
-        unit("kernels.cpp", isa, *ISA_FLAGS[isa], f"-DQUANTLIB_ISA_LEVEL={levels.index(isa)}", *threads) for isa in built
-    ]
+
+    def kernels(source: str, name: str, isa: str) -> Unit:
+        return unit(source, name, *ISA_FLAGS[isa], f"-DQUANTLIB_ISA_LEVEL={levels.index(isa)}", *threads)
+
+    lookup = [kernels("lookup.cpp", "lookup", "avx2")] if "avx2" in built else []
     has = (f"-DQUANTLIB_HAS_{isa.upper()}" for isa in built if isa != "scalar")
     compiled_by = f"-DQUANTLIB_COMPILER={json.dumps(compiler.version)}"
     return [
-        *kernels,
+        *(kernels("kernels.cpp", isa, isa) for isa in built),
+        *lookup,
         unit("dispatch.cpp", "dispatch", *has),
         unit("features.cpp", "features"),
         unit("bindings.cpp", "bindings", *include, compiled_by, *threads),

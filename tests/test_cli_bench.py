@@ -190,7 +190,7 @@ def test_dgrad_is_timed_against_its_own_product(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_command_prints_a_table(run) -> None:  # type: ignore[no-untyped-def]
-    kernels = "cpu_linear,reference_linear"  # dispatch takes one of them
+    kernels = "cpu_linear,cpu_lookup_dot,reference_linear"  # dispatch takes one of them
     result = run("--shape", "33x130", "--format", "nf4,int4", "--m", "1,5", "--device", "cpu", "--kernel", kernels)
     assert result.code == 0, result.err
     assert "linear, nf4, W 33 x 130, bfloat16" in result.out

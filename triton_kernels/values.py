@@ -60,7 +60,7 @@ def pair_codes(word0, upper, word1, word2, hidden, spec: tl.constexpr, P: tl.con
 
 @triton.jit
 def split_sign_bits(word, P: tl.constexpr):
-    """4-bit floats: sign (bit 15) and magnitude (bits 8 .. 6) of pair P in both halves. The layout spreads a half's bits so that
+    """4-bit floats: sign (bit 15) and magnitude (bits 8 .. 6) of pair P in both halves. The layout spreads a half so that
     bf16 and fp16 need the same number of shifts and masks (layouts/fragments.py)."""
     if P == 0:
         return ((word << 6) & 0x01C001C0) | ((word << 2) & -0x7FFF8000)

@@ -220,13 +220,14 @@ PYBIND11_MODULE(_cpu, module) {
                    "y[m, n] = x[m, k] W^T + bias; addresses of x, bias (fp32, or 0) and y, the latter contiguous.");
     define_product("pairs_dot", &linear<&Kernels::pairs_dot>, "The same with codes of 2 to 6 or 8 bits as bf16 numbers.");
     define_product("pairs_tile", &linear<&Kernels::pairs_tile>, "The same for bf16 x, with weights rounded to bf16.");
-    define_product("quads_dot", &linear<&Kernels::quads_dot>, "The same with fp32 products of look-ups, for AVX2.");
     define_product("pairs_dgrad", &linear<&Kernels::pairs_dgrad>, "y[m, k] = x[m, n] W in bf16, without a bias.");
+    define_product("lookup_dot", &linear<&Kernels::lookup_dot>, "The same by byte look-ups, for few rows of x.");
+    define_product("lookup_tile", &linear<&Kernels::lookup_tile>, "The same for several rows of x, with weights decoded in fp32.");
     module.def("dequantize", &dequantize, py::arg("plan"), py::arg("parts"), py::arg("rows"), py::arg("columns"),
                py::arg("dtype"), py::arg("out"), py::arg("threads"),
                "W[rows, columns], two (start, stop), in `dtype` at the address `out`, contiguous.");
     module.def("has_pairs", [] { return kernels().pairs_dot != nullptr; }, "Whether the set that runs multiplies bf16 pairs.");
-    module.def("has_quads", [] { return kernels().quads_dot != nullptr; }, "Whether the set that runs has quads_dot.");
+    module.def("has_lookup", [] { return kernels().lookup_dot != nullptr; }, "Whether the set that runs has byte look-ups.");
     module.def("isa", &isa, "The instruction set that runs.");
     module.def("available_isas", &available_isas, "The sets that this build and this machine have, slowest first.");
     bind_features(module);

@@ -7,14 +7,14 @@
 #include "pairs_dgrad.h"
 #include "pairs_dot.h"
 #include "pairs_tile.h"
-#include "quads_dot.h"
 #include "search.h"
 
-#if QUANTLIB_ISA_LEVEL >= 2
-// Wider sets run AVX2's: it is compiled in that set's object file alone.
+#if QUANTLIB_ISA_LEVEL == 1 || QUANTLIB_ISA_LEVEL == 2
+// lookup.cpp, compiled for AVX2 alone: it serves AVX-512 without BF16 too.
 namespace quantlib::cpu::avx2 {
-bool quads_dot(const LinearCall& call);
-}
+bool lookup_dot(const LinearCall& call);
+bool lookup_tile(const LinearCall& call);
+}  // namespace quantlib::cpu::avx2
 #endif
 
 namespace quantlib::cpu::QUANTLIB_ISA {
@@ -31,11 +31,11 @@ const Kernels kernels = {
     nullptr,
     nullptr,
 #endif
-#if QUANTLIB_ISA_LEVEL >= 2
-    avx2::quads_dot,
-#elif defined(QUANTLIB_HAS_QUADS)
-    quads_dot,
+#if QUANTLIB_ISA_LEVEL == 1 || QUANTLIB_ISA_LEVEL == 2
+    avx2::lookup_dot,
+    avx2::lookup_tile,
 #else
+    nullptr,
     nullptr,
 #endif
     dequantize,

@@ -3,7 +3,7 @@
 // multiple of eight columns, so that a scale can wait until a lane's products have been added.
 #pragma once
 
-#include "scales.h"
+#include "rows.h"
 #include "simd_pairs.h"
 
 #ifdef QUANTLIB_HAS_PAIRS
@@ -11,9 +11,6 @@ namespace quantlib::cpu::QUANTLIB_ISA {
 
 constexpr int SPAN = 128;
 constexpr int TURNS = SPAN / WORDS;
-
-// Bytes between what is decoded and what is asked for: what arrives meanwhile must not be waited for.
-constexpr int64_t FETCH_AHEAD = 2048;
 
 inline int64_t spans_of(int64_t columns) { return (columns + SPAN - 1) / SPAN; }
 
@@ -66,12 +63,6 @@ struct ByteCodes {
     }
 };
 
-// What a format subtracts, besides its scale: nothing, an integer before the scale, a float after it.
-enum class Shift { none, zero, minimum };
-inline Shift shift_of(const Plan& plan) {
-    return plan.has_zero ? Shift::zero : plan.has_minimum ? Shift::minimum : Shift::none;
-}
-
 // How a row's numbers, one per `plan.span_piece` columns, are spread over the lanes of a span.
 class Spread {
   public:
@@ -90,12 +81,6 @@ class Spread {
 };
 
 using PairsRow = SpanRow<SPAN>;
-
-// A Shift as a type.
-template <Shift SHIFT>
-struct Shifted {
-    static constexpr Shift shift = SHIFT;
-};
 
 template <class With>
 inline void with_codes(const Plan& plan, With with) {

@@ -43,6 +43,18 @@ class Row {
     }
 };
 
+// What a format subtracts, besides its scale: nothing, an integer before the scale, a float after it.
+enum class Shift { none, zero, minimum };
+inline Shift shift_of(const Plan& plan) {
+    return plan.has_zero ? Shift::zero : plan.has_minimum ? Shift::minimum : Shift::none;
+}
+
+// A Shift as a type.
+template <Shift SHIFT>
+struct Shifted {
+    static constexpr Shift shift = SHIFT;
+};
+
 // Floats that one row's numbers take.
 inline int64_t numbers_size(const Plan& plan) { return 4 * row_capacity(plan); }
 
@@ -62,6 +74,9 @@ struct Scratch {
     Scratch& operator=(const Scratch&) = delete;
     ~Scratch() { free(floats); }
 };
+
+// Bytes between what is decoded and what is asked for: what arrives meanwhile must not be waited for.
+constexpr int64_t FETCH_AHEAD = 2048;
 
 // Kernels at the speed of memory multiply rows of W in pairs (DOT_ROWS), and write WRITE_ROWS of each half together.
 constexpr int DOT_ROWS = 2, WRITE_ROWS = 16;

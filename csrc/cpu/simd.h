@@ -12,6 +12,10 @@
 
 #include "types.h"
 
+// Where a call would send vectors through memory.
+#define QUANTLIB_INLINE inline __attribute__((always_inline))
+#define QUANTLIB_LAMBDA __attribute__((always_inline))
+
 #if QUANTLIB_ISA_LEVEL == 3
 #define QUANTLIB_ISA avx512_bf16
 #include "simd_avx512.h"

@@ -11,9 +11,6 @@
 
 namespace quantlib::cpu::QUANTLIB_ISA {
 
-// Where a call would send vectors through memory.
-#define QUANTLIB_INLINE inline __attribute__((always_inline))
-
 typedef __m512i Words;  // 32 words of 16 bits
 constexpr int WORDS = 32;
 

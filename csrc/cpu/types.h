@@ -84,13 +84,14 @@ struct AddCall;
 struct DenseCall;
 
 // Those that return bool return false where scratch memory could not be had. Those with `pairs` are null where an instruction
-// set has no products of bf16 pairs.
+// set has no products of bf16 pairs, those with `lookup` where it has no byte look-ups, or products of pairs instead.
 struct Kernels {
     bool (*linear)(const LinearCall&);
     bool (*pairs_dot)(const LinearCall&);
     bool (*pairs_tile)(const LinearCall&);
     bool (*pairs_dgrad)(const LinearCall&);  // x is dY [m, n], y is dX [m, k]
-    bool (*quads_dot)(const LinearCall&);    // null below AVX2
+    bool (*lookup_dot)(const LinearCall&);
+    bool (*lookup_tile)(const LinearCall&);
     bool (*dequantize)(const DequantizeCall&);
     Outcome (*extremes)(const ExtremesCall&);
     Outcome (*encode)(const EncodeCall&);

@@ -1,0 +1,10 @@
+// Products by byte look-ups. Compiled once, for AVX2 (build_tools/cpu.py): the tables of functions of two instruction sets hold them.
+#include "lookup_dot.h"
+#include "lookup_tile.h"
+
+namespace quantlib::cpu::QUANTLIB_ISA {
+
+bool lookup_dot(const LinearCall& call) { return multiply_dots(call); }
+bool lookup_tile(const LinearCall& call) { return multiply_tiles(call); }
+
+}  // namespace quantlib::cpu::QUANTLIB_ISA

@@ -1,0 +1,58 @@
+// A weight row's numbers for the look-up kernels: as expand_row leaves them, but K-quants' 6-bit scales and minima come 64 at a
+// time, which otherwise cost as much as the row's products.
+#pragma once
+
+#include "lookup_decode.h"
+
+#ifdef QUANTLIB_HAS_LOOKUP
+namespace quantlib::cpu::QUANTLIB_ISA {
+
+constexpr int SUPER_RUN = 64;  // codes that are read together
+constexpr int SUPER_BITS = 6, SUPER_COUNT = LANES;
+
+// Whether every eight blocks share a unit, and a row's codes are whole runs.
+inline bool has_super_runs(const Plan& plan) {
+    return plan.scale == ScaleKind::super && plan.super_bits == SUPER_BITS && plan.super_count == SUPER_COUNT &&
+           plan.block_rows == 1 && plan.block_cols == plan.span_piece && plan.blocks_across % SUPER_RUN == 0;
+}
+
+// to[i] = (code i - super_offset) * its unit, over one row.
+inline void read_super_runs(const Plan& plan, const uint8_t* codes, const uint8_t* units, int64_t row, float* to) {
+    const int64_t across = plan.blocks_across;
+    const Planes planes = planes_of(SUPER_BITS, codes + row * (across * SUPER_BITS / 8), across);
+    const uint8_t* unit = units + row * (across / SUPER_COUNT) * 2;
+    const Floats offset = broadcast(plan.super_offset);
+    for (int64_t run = 0; run < across / SUPER_RUN; ++run, unit += SUPER_RUN / SUPER_COUNT * 2) {
+        const ByteCodes found = byte_codes<SUPER_BITS>(planes, run, 0);
+        const Ints first = low_words(found.even, found.odd), last = high_words(found.even, found.odd);
+        const __m128i quarters[4] = {_mm256_castsi256_si128(first), _mm256_castsi256_si128(last),
+                                     _mm256_extracti128_si256(first, 1), _mm256_extracti128_si256(last, 1)};
+        float own[SUPER_RUN / SUPER_COUNT];
+        store(own, load_half(reinterpret_cast<const uint16_t*>(unit)));
+        for (int q = 0; q < 4; ++q, to += 2 * LANES) {
+            const Floats low = number(_mm256_cvtepu8_epi32(quarters[q]));
+            const Floats high = number(_mm256_cvtepu8_epi32(_mm_srli_si128(quarters[q], LANES)));
+            store(to, multiply(subtract(low, offset), broadcast(own[2 * q])));
+            store(to + LANES, multiply(subtract(high, offset), broadcast(own[2 * q + 1])));
+        }
+    }
+}
+
+// Fill `numbers` for a row, in units of the decoder.
+inline void expand_lookup(const Plan& plan, const Parts& parts, int64_t row, float unit, const RowNumbers& numbers) {
+    if (has_super_runs(plan)) {
+        read_super_runs(plan, parts.scales, parts.super_scales, row, numbers.scale);
+        if (plan.has_minimum) read_super_runs(plan, parts.minima, parts.super_minima, row, numbers.minimum);
+    } else {
+        expand_row(plan, parts, row, numbers, plan.span_piece);
+    }
+    if (unit == 1) return;
+    const Floats up = broadcast(unit), down = broadcast(1 / unit);
+    for (int64_t i = 0; i < pieces_of(plan, plan.span_piece); i += LANES) {
+        store(numbers.scale + i, multiply(load(numbers.scale + i), up));
+        if (plan.has_zero) store(numbers.zero + i, multiply(load(numbers.zero + i), down));
+    }
+}
+
+}  // namespace quantlib::cpu::QUANTLIB_ISA
+#endif
