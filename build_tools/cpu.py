@@ -59,6 +59,7 @@ def units(compiler: Compiler, include: tuple[str, ...], openmp: bool, facts: dic
     return [
         *kernels,
         unit("dispatch.cpp", "dispatch", *has),
+        unit("features.cpp", "features"),
         unit("bindings.cpp", "bindings", *include, compiled_by, *threads),
         unit("bindings_quantize.cpp", "bindings_quantize", *include),
     ]

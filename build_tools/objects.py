@@ -68,17 +68,25 @@ def dependencies(depfile: str) -> list[str]:
     return list(dict.fromkeys(re.sub(r"\\(.)", r"\1", word) for word in re.findall(r"(?:\\.|\S)+", files)))
 
 
+def _compiling(unit: Unit) -> list[str]:
+    return [*unit.command, str(unit.source), "-c"]
+
+
+def object_path(unit: Unit, folder: Path) -> Path:
+    """Where a unit's object lies: other flags get another file, so that builds for other targets don't displace each other."""
+    key = hashlib.sha256(json.dumps([_compiling(unit), unit.version]).encode()).hexdigest()[:12]
+    return folder / f"{unit.name}-{key}.o"
+
+
 def compile_unit(unit: Unit, folder: Path, root: Path) -> Object:
     """The object of a unit, from `folder` where it is current. The command runs in `root`; raises BuildError where it fails."""
-    command = [*unit.command, str(unit.source), "-c"]
-    # Other flags get another file, so that builds for other architectures don't displace each other.
-    key = hashlib.sha256(json.dumps([command, unit.version]).encode()).hexdigest()[:12]
-    target, stamp = folder / f"{unit.name}-{key}.o", folder / f"{unit.name}-{key}.json"
+    command, target = _compiling(unit), object_path(unit, folder)
+    stamp = target.with_suffix(".json")
     known = _read(stamp)
     if target.exists() and known and all(file_hash(root / path) == found for path, found in known["files"].items()):
         return Object(target, known["log"], known["seconds"], cached=True)
     folder.mkdir(parents=True, exist_ok=True)
-    fresh = folder / f"{unit.name}-{key}.{os.getpid()}.o"
+    fresh = target.with_suffix(f".{os.getpid()}.o")
     depfile = fresh.with_suffix(".d")
     begun = time.monotonic()
     try:

@@ -168,6 +168,27 @@ py::dict build_info() {
     return info;
 }
 
+// How an instruction set is chosen, as functions of features: for tests, which can't have every machine.
+void bind_features(py::module_& module) {
+    using Names = std::vector<std::string>;
+    module.attr("FEATURES") = py::cast(feature_names());
+    module.def("features", [] { return feature_names(machine_features()); }, "What this machine has of FEATURES.");
+    module.def(
+        "features_of",
+        [](uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t leaf7_ecx, uint32_t leaf7_1_eax, uint32_t xcr0) {
+            return feature_names(features_of({leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_1_eax, xcr0}));
+        },
+        py::kw_only(), py::arg("leaf1_ecx"), py::arg("leaf7_ebx"), py::arg("leaf7_ecx"), py::arg("leaf7_1_eax"),
+        py::arg("xcr0"), "What CPUID and XGETBV say in words of FEATURES.");
+    module.def("needs_of", [](const std::string& name) { return feature_names(needs_of(name)); }, py::arg("isa"),
+               "The features that an instruction set needs.");
+    module.def("isas_for", [](const Names& features) { return isas_for(features_named(features)); }, py::arg("features"),
+               "The sets of this build that a machine with these features runs, slowest first.");
+    module.def(
+        "isa_for", [](const Names& features, const std::string& limit) { return isa_for(features_named(features), limit); },
+        py::arg("features"), py::arg("limit"), "The set that it starts with where QUANTLIB_CPU_ISA is `limit`, or empty.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
@@ -206,6 +227,7 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("has_pairs", [] { return kernels().pairs_dot != nullptr; }, "Whether the set that runs multiplies bf16 pairs.");
     module.def("isa", &isa, "The instruction set that runs.");
     module.def("available_isas", &available_isas, "The sets that this build and this machine have, slowest first.");
+    bind_features(module);
     module.def("set_isa", &set_isa, py::arg("name"), "Choose an available set (for tests and comparisons).");
     module.def("build_info", &build_info, "What was built: isas, isa, compiler, openmp, pybind11.");
     bind_quantize(module);

@@ -1,8 +1,9 @@
-// One vocabulary of vectors, three spellings. QUANTLIB_ISA_LEVEL (set by setup.py per object file) picks one, and each gets a
+// One vocabulary of vectors, three spellings. QUANTLIB_ISA_LEVEL (set by build_tools/cpu.py per object file) picks one, and each gets a
 // namespace of its own: the kernels above are written once and compiled for every set into one library.
 //
 // Rule for every header below: no standard-library templates and no function outside the namespace. An inline function that is
 // shared between object files is kept once by the linker, maybe the AVX-512 copy, and would crash a machine without AVX-512.
+// Nor a global variable that is computed at loading. tests/test_cpu_machine_code.py reads what came of it.
 #pragma once
 
 #include <cstdint>
