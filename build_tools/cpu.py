@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,32 @@ EXACT_FLAGS = ("-ffp-contract=off",)
 QUIET_FLAGS = ("-Wno-maybe-uninitialized", "-Wno-uninitialized")
 
 
-def units(compiler: Compiler, include: tuple[str, ...], openmp: bool, facts: dict[str, Any]) -> list[Unit]:
+@dataclass(frozen=True)
+class Variant:
+    """How a build for tests differs from the one that is installed.
+
+    flags       after those of every file, and for linking
+    isas        to compile; others are left out
+    kernels     what is compiled in place of csrc/cpu/kernels.cpp
+    lookup      the same for csrc/cpu/lookup.cpp, which kernels.cpp names; None where `kernels` does not
+    """
+
+    flags: tuple[str, ...] = ()
+    isas: tuple[str, ...] = tuple(ISA_FLAGS)
+    kernels: Path = SOURCES / "kernels.cpp"
+    lookup: Path | None = SOURCES / "lookup.cpp"
+
+
+def units(
+    compiler: Compiler, include: tuple[str, ...], openmp: bool, facts: dict[str, Any], variant: Variant = Variant()
+) -> list[Unit]:
     """What to compile; instruction sets that are left out are explained in `facts`."""
     threads = ("-fopenmp",) if openmp else ()
     built, left_out = [], {}
     for isa, flags in ISA_FLAGS.items():
-        if isa != "scalar" and not X86:
+        if isa not in variant.isas:
+            left_out[isa] = "not asked for"
+        elif isa != "scalar" and not X86:
             left_out[isa] = f"not an instruction set of {platform.machine()}"
         elif not compiler.accepts(flags):
             left_out[isa] = f"{compiler.version} does not take {' '.join(flags) or '-std=c++17'}"
@@ -46,41 +67,41 @@ def units(compiler: Compiler, include: tuple[str, ...], openmp: bool, facts: dic
         raise BuildError(f"{compiler.version} does not compile C++17")
     facts |= {"isas": built, "left_out": left_out, "openmp": openmp, "compiler": compiler.version}
 
-    def unit(source: str, name: str, *flags: str) -> Unit:
-        command = compiler.compiling(*EXACT_FLAGS, *QUIET_FLAGS, *flags)
-        return Unit(SOURCES / source, name, command, compiler.version)
+    def unit(source: Path, name: str, *flags: str) -> Unit:
+        command = compiler.compiling(*EXACT_FLAGS, *QUIET_FLAGS, *flags, *variant.flags)
+        return Unit(source, name, command, compiler.version)
 
     levels = list(ISA_FLAGS)
 
-    def kernels(source: str, name: str, isa: str) -> Unit:
+    def kernels(source: Path, name: str, isa: str) -> Unit:
         return unit(source, name, *ISA_FLAGS[isa], f"-DQUANTLIB_ISA_LEVEL={levels.index(isa)}", *threads)
 
-    lookup = [kernels("lookup.cpp", "lookup", "avx2")] if "avx2" in built else []
+    lookup = [kernels(variant.lookup, "lookup", "avx2")] if variant.lookup is not None and "avx2" in built else []
     has = (f"-DQUANTLIB_HAS_{isa.upper()}" for isa in built if isa != "scalar")
     compiled_by = f"-DQUANTLIB_COMPILER={json.dumps(compiler.version)}"
     return [
-        *(kernels("kernels.cpp", isa, isa) for isa in built),
+        *(kernels(variant.kernels, isa, isa) for isa in built),
         *lookup,
-        unit("dispatch.cpp", "dispatch", *has),
-        unit("features.cpp", "features"),
-        unit("bindings.cpp", "bindings", *include, compiled_by, *threads),
-        unit("bindings_quantize.cpp", "bindings_quantize", *include),
-        unit("bindings_program.cpp", "bindings_program", *include),
-        unit("program.cpp", "program"),
+        unit(SOURCES / "dispatch.cpp", "dispatch", *has),
+        unit(SOURCES / "features.cpp", "features"),
+        unit(SOURCES / "bindings.cpp", "bindings", *include, compiled_by, *threads),
+        unit(SOURCES / "bindings_quantize.cpp", "bindings_quantize", *include),
+        unit(SOURCES / "bindings_program.cpp", "bindings_program", *include),
+        unit(SOURCES / "program.cpp", "program"),
     ]
 
 
-def build(target: Path, facts: dict[str, Any], python_include: list[str]) -> None:
+def build(target: Path, facts: dict[str, Any], python_include: list[str], variant: Variant = Variant()) -> None:
     """Make the module `target` and fill in `facts`; raises BuildError."""
     include = pybind11_include(python_include)
     compiler = Compiler()
     openmp = compiler.accepts(["-fopenmp"])
     if not openmp:
         facts["openmp_left_out"] = f"{compiler.version} does not link with -fopenmp; kernels run on one thread"
-    todo = units(compiler, include, openmp, facts)
+    todo = units(compiler, include, openmp, facts, variant)
     with ThreadPoolExecutor(max_workers=worker_count()) as pool:
         objects = list(pool.map(lambda unit: compile_unit(unit, OBJECTS / "cpu", ROOT), todo))
     for made in objects:
         if made.log.strip() and not made.cached:
             print(made.log.strip(), flush=True)
-    compiler.link([made.path for made in objects], target, *(["-fopenmp"] if openmp else []))
+    compiler.link([made.path for made in objects], target, *variant.flags, *(["-fopenmp"] if openmp else []))
