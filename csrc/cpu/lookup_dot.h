@@ -141,34 +141,30 @@ void dot_rows(const Codes& kept, const SpanLanes& kept_lanes, const LookupRow (&
     }
 }
 
-// What one thread works in.
-struct DotMemory {
-    RowNumbers numbers[DOT_ROWS];
-    float* values;  // [m][DOT_ROWS][WRITE_ROWS]
-};
-
 struct LookupDot {
     const LinearCall& call;
     const LookupX x;
     const int64_t spans;
 
     template <Shift SHIFT, class Codes, class SpanLanes>
-    inline void two_rows(const Codes& codes, const SpanLanes& lanes, int64_t first, int64_t second, const DotMemory& memory,
-                         float* values) const {
+    inline void two_rows(const Codes& codes, const SpanLanes& lanes, int64_t first, int64_t second,
+                         const RowNumbers (&numbers)[DOT_ROWS], float* values) const {
         const Plan& plan = *call.plan;
-        expand_lookup(plan, call.parts, first, codes.unit, memory.numbers[0]);
-        expand_lookup(plan, call.parts, second, codes.unit, memory.numbers[1]);
         const LookupRow rows[DOT_ROWS] = {{plan, call.parts, first}, {plan, call.parts, second}};
         for (int64_t m = 0; m < call.m; ++m) {
-            dot_rows<SHIFT>(codes, lanes, rows, memory.numbers, x.from_row(m), spans, values + m * DOT_ROWS * WRITE_ROWS);
+            dot_rows<SHIFT>(codes, lanes, rows, numbers, x.from_row(m), spans, values + m * DOT_ROWS * WRITE_ROWS);
         }
     }
 
     template <Shift SHIFT, class Codes, class SpanLanes>
     void rows(const Codes& codes, const SpanLanes& lanes, int64_t start, int64_t stop, const DotMemory& memory) const {
-        multiply_row_pairs(call, start, stop, memory.values, [&](int64_t first, int64_t second, float* values) {
-            two_rows<SHIFT>(codes, lanes, first, second, memory, values);
-        });
+        const auto expand = [&](int64_t row, int64_t rows, const RowNumbers& numbers) {
+            expand_lookup(*call.plan, call.parts, row, rows, memory.run, codes.unit, numbers);
+        };
+        multiply_row_pairs(call, start, stop, memory, expand,
+                           [&](int64_t first, int64_t second, const RowNumbers(&numbers)[DOT_ROWS], float* values) {
+                               two_rows<SHIFT>(codes, lanes, first, second, numbers, values);
+                           });
     }
 };
 
@@ -197,8 +193,8 @@ inline bool multiply_dots(const LinearCall& call) {
     if (call.m == 0 || plan.n == 0) return true;
     const int64_t spans = spans_of(plan.k);
     const int threads = useful_threads(plan.n * spans * SPAN * call.m, call.threads);
-    const int64_t numbers_floats = round_up(numbers_size(plan), LANES);
-    const int64_t thread_floats = DOT_ROWS * (numbers_floats + call.m * WRITE_ROWS);
+    const Run run(plan, spans * SPAN);
+    const int64_t thread_floats = DotMemory::size(call, run);
     const Scratch numbers(call.m * x_stride_of(spans)), sums(call.m * spans * 3 * LANES), scratch(threads * thread_floats);
     if (numbers.floats == nullptr || sums.floats == nullptr || scratch.floats == nullptr) return false;
 
@@ -206,9 +202,7 @@ inline bool multiply_dots(const LinearCall& call) {
         const LookupDot work{call, arrange_x(call, codes, lanes, spans, numbers.floats, sums.floats), spans};
 #pragma omp parallel for schedule(static) num_threads(threads)
         for (int part = 0; part < threads; ++part) {
-            float* own = scratch.floats + part * thread_floats;
-            const DotMemory memory = {{carve_numbers(plan, own), carve_numbers(plan, own + numbers_floats)},
-                                      own + DOT_ROWS * numbers_floats};
+            const DotMemory memory(call, run, scratch.floats + part * thread_floats);
             work.template rows<decltype(shifted)::shift>(codes, lanes, plan.n * part / threads, plan.n * (part + 1) / threads,
                                                          memory);
         }

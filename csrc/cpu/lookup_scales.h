@@ -38,17 +38,19 @@ inline void read_super_runs(const Plan& plan, const uint8_t* codes, const uint8_
     }
 }
 
-// Fill `numbers` for a row, in units of the decoder.
-inline void expand_lookup(const Plan& plan, const Parts& parts, int64_t row, float unit, const RowNumbers& numbers) {
+// Fill `numbers` for `rows` rows from `row` on, in units of the decoder.
+inline void expand_lookup(const Plan& plan, const Parts& parts, int64_t row, int64_t rows, const Run& run, float unit,
+                          const RowNumbers& numbers) {
     if (has_super_runs(plan)) {
         read_super_runs(plan, parts.scales, parts.super_scales, row, numbers.scale);
         if (plan.has_minimum) read_super_runs(plan, parts.minima, parts.super_minima, row, numbers.minimum);
     } else {
-        expand_row(plan, parts, row, numbers, plan.span_piece);
+        expand_run(plan, parts, row, rows, run, numbers);
     }
     if (unit == 1) return;
     const Floats up = broadcast(unit), down = broadcast(1 / unit);
-    for (int64_t i = 0; i < pieces_of(plan, plan.span_piece); i += LANES) {
+    const int64_t count = run.rows == 1 ? pieces_of(plan, plan.span_piece) : rows * run.stride;
+    for (int64_t i = 0; i < count; i += LANES) {
         store(numbers.scale + i, multiply(load(numbers.scale + i), up));
         if (plan.has_zero) store(numbers.zero + i, multiply(load(numbers.zero + i), down));
     }

@@ -129,7 +129,7 @@ struct LookupTile {
             constexpr Shift SHIFT = decltype(shifted)::shift;
             for (int64_t row = from; row < to; row += step) {
                 const int64_t count = least(step, to - row);
-                for (int64_t r = 0; r < count; ++r) expand_lookup(plan, call.parts, row + r, codes.unit, numbers[r]);
+                for (int64_t r = 0; r < count; ++r) expand_lookup(plan, call.parts, row + r, 1, Run(), codes.unit, numbers[r]);
                 memset(memory.sums, 0, call.m * BLOCK_ROWS * sizeof(float));
                 for (int64_t start = 0; start < spans; start += BLOCK_SPANS) {
                     const int64_t stop = least(spans, start + BLOCK_SPANS);

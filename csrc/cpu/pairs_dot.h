@@ -79,12 +79,6 @@ void dot_rows(const Plan& plan, const Codes& kept, const PairsRow (&rows)[DOT_RO
     }
 }
 
-// What one thread works in.
-struct DotMemory {
-    RowNumbers numbers[DOT_ROWS];
-    float* values;  // [m][DOT_ROWS][WRITE_ROWS]
-};
-
 struct PairsDot {
     const LinearCall& call;
     const PairsX x;
@@ -92,36 +86,39 @@ struct PairsDot {
 
     // Two rows of W with rows m ... of x, M at a time as long as there are M.
     template <Shift SHIFT, int M, int PLANES, class Codes>
-    inline void some_xs(const Codes& codes, const PairsRow (&rows)[DOT_ROWS], const DotMemory& memory, int64_t& m,
+    inline void some_xs(const Codes& codes, const PairsRow (&rows)[DOT_ROWS], const RowNumbers (&numbers)[DOT_ROWS], int64_t& m,
                         float* values) const {
         for (; m + M <= call.m; m += M) {
-            dot_rows<SHIFT, M, PLANES>(*call.plan, codes, rows, memory.numbers, x.from_row(m), spans,
+            dot_rows<SHIFT, M, PLANES>(*call.plan, codes, rows, numbers, x.from_row(m), spans,
                                        values + m * DOT_ROWS * WRITE_ROWS);
         }
     }
 
     // Two rows of W with every row of x, as many at a time as registers hold.
     template <Shift SHIFT, int PLANES, class Codes>
-    inline void two_rows(const Codes& codes, int64_t first, int64_t second, const DotMemory& memory, float* values) const {
+    inline void two_rows(const Codes& codes, int64_t first, int64_t second, const RowNumbers (&numbers)[DOT_ROWS],
+                         float* values) const {
         const Plan& plan = *call.plan;
-        expand_row(plan, call.parts, first, memory.numbers[0], plan.span_piece);
-        expand_row(plan, call.parts, second, memory.numbers[1], plan.span_piece);
         const PairsRow rows[DOT_ROWS] = {{plan, call.parts, first}, {plan, call.parts, second}};
         int64_t m = 0;
         if constexpr (PLANES == 1) {
-            some_xs<SHIFT, 8, PLANES>(codes, rows, memory, m, values);
-            some_xs<SHIFT, 4, PLANES>(codes, rows, memory, m, values);
+            some_xs<SHIFT, 8, PLANES>(codes, rows, numbers, m, values);
+            some_xs<SHIFT, 4, PLANES>(codes, rows, numbers, m, values);
         }
-        some_xs<SHIFT, 2, PLANES>(codes, rows, memory, m, values);
-        some_xs<SHIFT, 1, PLANES>(codes, rows, memory, m, values);
+        some_xs<SHIFT, 2, PLANES>(codes, rows, numbers, m, values);
+        some_xs<SHIFT, 1, PLANES>(codes, rows, numbers, m, values);
     }
 
     template <int PLANES>
     void rows_of_planes(int64_t start, int64_t stop, const DotMemory& memory) const {
         with_decoder(*call.plan, [&](const auto& codes, auto shifted) {
-            multiply_row_pairs(call, start, stop, memory.values, [&](int64_t first, int64_t second, float* values) {
-                this->template two_rows<decltype(shifted)::shift, PLANES>(codes, first, second, memory, values);
-            });
+            const auto expand = [&](int64_t row, int64_t rows, const RowNumbers& numbers) {
+                expand_run(*call.plan, call.parts, row, rows, memory.run, numbers);
+            };
+            multiply_row_pairs(call, start, stop, memory, expand,
+                               [&](int64_t first, int64_t second, const RowNumbers(&numbers)[DOT_ROWS], float* values) {
+                                   this->template two_rows<decltype(shifted)::shift, PLANES>(codes, first, second, numbers, values);
+                               });
         });
     }
 
@@ -141,10 +138,10 @@ inline bool pairs_dot(const LinearCall& call) {
     // Rows a multiple of 4096 bytes apart would all compete for the same few sets of the first-level cache.
     const int64_t row_words = planes * spans * SPAN + WORDS;
     const int threads = useful_threads(plan.n * spans * SPAN * call.m, call.threads);
-    const int64_t numbers_floats = round_up(numbers_size(plan), LANES);
+    const Run run(plan, spans * SPAN);
     const bool shifted = shift_of(plan) != Shift::none;
     const int64_t sums_stride = shifted ? spans * LANES : 0;
-    const int64_t thread_floats = DOT_ROWS * (numbers_floats + call.m * WRITE_ROWS);
+    const int64_t thread_floats = DotMemory::size(call, run);
     const Scratch words(call.m * row_words / 2), sums(call.m * sums_stride), scratch(threads * thread_floats);
     if (words.floats == nullptr || sums.floats == nullptr || scratch.floats == nullptr) return false;
 
@@ -157,9 +154,7 @@ inline bool pairs_dot(const LinearCall& call) {
     const PairsDot work{call, x, spans};
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int part = 0; part < threads; ++part) {
-        float* own = scratch.floats + part * thread_floats;
-        const DotMemory memory = {{carve_numbers(plan, own), carve_numbers(plan, own + numbers_floats)},
-                                  own + DOT_ROWS * numbers_floats};
+        const DotMemory memory(call, run, scratch.floats + part * thread_floats);
         work.rows(plan.n * part / threads, plan.n * (part + 1) / threads, memory);
     }
     return true;

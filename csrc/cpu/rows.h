@@ -58,12 +58,12 @@ struct Shifted {
 // Floats that one row's numbers take.
 inline int64_t numbers_size(const Plan& plan) { return 4 * row_capacity(plan); }
 
-// Carve a row's numbers out of `memory`; what the format lacks stays zero.
-inline RowNumbers carve_numbers(const Plan& plan, float* memory) {
-    const int64_t capacity = row_capacity(plan);
-    memset(memory, 0, numbers_size(plan) * sizeof(float));
+// Carve numbers with room for `capacity` each out of `memory`; what the format lacks stays zero.
+inline RowNumbers carve(int64_t capacity, float* memory) {
+    memset(memory, 0, 4 * capacity * sizeof(float));
     return {memory, memory + capacity, memory + 2 * capacity, memory + 3 * capacity};
 }
+inline RowNumbers carve_numbers(const Plan& plan, float* memory) { return carve(row_capacity(plan), memory); }
 
 // 64-byte aligned floats, freed at the end of the scope; null where memory is out.
 struct Scratch {
@@ -90,16 +90,62 @@ inline void write_products(const LinearCall& call, int64_t row, int64_t rows, fl
     }
 }
 
-// Call two_rows(first, second, where their products go) for rows start ... stop, and write what it makes. The rows of a pair lie
-// half the range apart, so that each is one of a stream without gaps.
-template <class TwoRows>
-inline void multiply_row_pairs(const LinearCall& call, int64_t start, int64_t stop, float* values, TwoRows two_rows) {
+// What one thread works in.
+struct DotMemory {
+    const Run run;
+    RowNumbers numbers[DOT_ROWS];  // of a run of rows each
+    float* values;                 // [m][DOT_ROWS][WRITE_ROWS]
+
+    static int64_t size(const LinearCall& call, const Run& run) {
+        return DOT_ROWS * (4 * run.capacity(*call.plan) + call.m * WRITE_ROWS);
+    }
+    DotMemory(const LinearCall& call, const Run& run, float* memory)
+        : run(run),
+          numbers{carve(run.capacity(*call.plan), memory), carve(run.capacity(*call.plan), memory + 4 * run.capacity(*call.plan))},
+          values(memory + DOT_ROWS * 4 * run.capacity(*call.plan)) {}
+};
+
+// Rows of W that follow each other, and their numbers as far as they have been expanded.
+template <class Expand>
+class Stream {
+  public:
+    Stream(const DotMemory& memory, int which, int64_t stop, Expand expand)
+        : run_(memory.run), numbers_(memory.numbers[which]), stop_(stop), expand_(expand) {}
+    // The numbers of a row: the one asked for before, the next, or one anywhere.
+    inline RowNumbers at(int64_t row) {
+        if (row < first_ || row >= end_) {
+            first_ = row, end_ = least(stop_, row + run_.rows);
+            expand_(first_, end_ - first_, numbers_);
+        }
+        const int64_t offset = (row - first_) * run_.stride;
+        return {numbers_.scale + offset, numbers_.zero + offset, numbers_.minimum + offset, nullptr};
+    }
+
+  private:
+    const Run run_;
+    const RowNumbers numbers_;
+    const int64_t stop_;
+    const Expand expand_;
+    int64_t first_ = 0, end_ = 0;
+};
+
+// Call two_rows(first, second, their numbers, where their products go) for rows start ... stop, and write what it makes;
+// expand(row, rows, numbers) fills those of a run. The rows of a pair lie half the range apart, so that each is one of a stream
+// without gaps.
+template <class Expand, class TwoRows>
+inline void multiply_row_pairs(const LinearCall& call, int64_t start, int64_t stop, const DotMemory& memory, Expand expand,
+                               TwoRows two_rows) {
     const int64_t half = (stop - start + 1) / 2;
+    Stream<Expand> firsts(memory, 0, start + half, expand), seconds(memory, 1, stop, expand);
     for (int64_t done = 0; done < half; done += WRITE_ROWS) {
         const int64_t first = start + done, second = first + half, count = least(WRITE_ROWS, half - done);
-        for (int64_t r = 0; r < count; ++r) two_rows(first + r, least(second + r, stop - 1), values + r);
-        write_products(call, first, count, values);
-        write_products(call, second, least(count, stop - second), values + WRITE_ROWS);
+        for (int64_t r = 0; r < count; ++r) {
+            const int64_t last = least(second + r, stop - 1);
+            const RowNumbers numbers[DOT_ROWS] = {firsts.at(first + r), seconds.at(last)};
+            two_rows(first + r, last, numbers, memory.values + r);
+        }
+        write_products(call, first, count, memory.values);
+        write_products(call, second, least(count, stop - second), memory.values + WRITE_ROWS);
     }
 }
 

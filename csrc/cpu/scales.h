@@ -45,10 +45,9 @@ inline void read_e8m0(const uint8_t* codes, int64_t count, float* to) {
     }
 }
 
-inline void read_double_quant(const Plan& plan, const Parts& parts, int64_t block_row, float* to) {
-    const int64_t first = block_row * plan.blocks_across;
+inline void read_double_quant(const Plan& plan, const Parts& parts, int64_t first, int64_t count, float* to) {
     const float offset = *parts.scale_offset;
-    for (int64_t g = 0; g < plan.blocks_across; ++g) {
+    for (int64_t g = 0; g < count; ++g) {
         const float step = plan.scale_values[parts.scales[first + g]] * parts.scale_absmax[(first + g) >> 8];
         to[g] = step + offset;
     }
@@ -100,30 +99,31 @@ inline void read_super(const Plan& plan, const uint8_t* codes, const uint8_t* un
     }
 }
 
-inline void read_scales(const Plan& plan, const Parts& parts, int64_t block_row, float* to) {
-    const int64_t across = plan.blocks_across, first = block_row * across;
+// Those of `rows` rows of blocks, one after another; of K-quants, one row only.
+inline void read_scales(const Plan& plan, const Parts& parts, int64_t block_row, int64_t rows, float* to) {
+    const int64_t count = plan.blocks_across * rows, first = block_row * plan.blocks_across;
     switch (plan.scale) {
         case ScaleKind::number:
-            return read_numbers(plan.scale_dtype, parts.scales + first * item_size(plan.scale_dtype), across, to);
+            return read_numbers(plan.scale_dtype, parts.scales + first * item_size(plan.scale_dtype), count, to);
         case ScaleKind::e4m3_global:
-            return read_e4m3(parts.scales + first, across, *parts.global_scale, to);
+            return read_e4m3(parts.scales + first, count, *parts.global_scale, to);
         case ScaleKind::e8m0:
-            return read_e8m0(parts.scales + first, across, to);
+            return read_e8m0(parts.scales + first, count, to);
         case ScaleKind::double_quant:
-            return read_double_quant(plan, parts, block_row, to);
+            return read_double_quant(plan, parts, first, count, to);
         case ScaleKind::super:
             return read_super(plan, parts.scales, parts.super_scales, block_row, to);
     }
 }
 
-inline void read_minima(const Plan& plan, const Parts& parts, int64_t block_row, float* to) {
+inline void read_minima(const Plan& plan, const Parts& parts, int64_t block_row, int64_t rows, float* to) {
     if (plan.scale == ScaleKind::super) return read_super(plan, parts.minima, parts.super_minima, block_row, to);
     const int64_t first = block_row * plan.blocks_across;
-    read_numbers(plan.scale_dtype, parts.minima + first * item_size(plan.scale_dtype), plan.blocks_across, to);
+    read_numbers(plan.scale_dtype, parts.minima + first * item_size(plan.scale_dtype), plan.blocks_across * rows, to);
 }
 
-inline void read_zeros(const Plan& plan, const Parts& parts, int64_t block_row, float* to) {
-    read_codes<8>(parts.zeros + block_row * plan.blocks_across, plan.blocks_across, to);
+inline void read_zeros(const Plan& plan, const Parts& parts, int64_t block_row, int64_t rows, float* to) {
+    read_codes<8>(parts.zeros + block_row * plan.blocks_across, plan.blocks_across * rows, to);
 }
 
 // One number per block -> one per piece; pieces beyond the last block get 0.
@@ -149,9 +149,46 @@ inline void expand_row(const Plan& plan, const Parts& parts, int64_t row, const 
             repeat_blocks(plan, piece, numbers.blocks, pieces);
         }
     };
-    expand(numbers.scale, [&](float* to) { read_scales(plan, parts, block_row, to); });
-    if (plan.has_zero) expand(numbers.zero, [&](float* to) { read_zeros(plan, parts, block_row, to); });
-    if (plan.has_minimum) expand(numbers.minimum, [&](float* to) { read_minima(plan, parts, block_row, to); });
+    expand(numbers.scale, [&](float* to) { read_scales(plan, parts, block_row, 1, to); });
+    if (plan.has_zero) expand(numbers.zero, [&](float* to) { read_zeros(plan, parts, block_row, 1, to); });
+    if (plan.has_minimum) expand(numbers.minimum, [&](float* to) { read_minima(plan, parts, block_row, 1, to); });
+}
+
+// Consecutive rows whose numbers are expanded together: for a short row a call per row takes as long as its products.
+struct Run {
+    int64_t rows, stride;  // as many as are expanded at once; floats between the numbers of one row and the next
+    int64_t repeats;       // pieces of a block
+
+    // `columns` of a row are read; a run's rows lie side by side, so that what stands behind one row's is another's.
+    Run() : rows(1), stride(0), repeats(0) {}
+    Run(const Plan& plan, int64_t columns) : Run() {
+        const int piece = plan.span_piece;
+        repeats = plan.block_cols == 0 ? (columns + piece - 1) / piece : plan.block_cols / piece;
+        const int64_t pieces = repeats * plan.blocks_across;
+        if (plan.scale == ScaleKind::super || plan.block_rows != 1 || pieces == 0 || pieces * piece < columns) return;
+        rows = most(1, least(MOST_ROWS, MOST_PIECES / pieces));
+        stride = pieces;
+    }
+    int64_t capacity(const Plan& plan) const { return most(row_capacity(plan), round_up(rows * stride, CHUNK) + CHUNK); }
+
+  private:
+    static constexpr int64_t MOST_ROWS = 16, MOST_PIECES = 1024;  // 4 KB: the first-level cache holds x and codes besides
+};
+
+// Fill `numbers` for `rows` rows from `row` on, of which a Run allows so many.
+inline void expand_run(const Plan& plan, const Parts& parts, int64_t row, int64_t rows, const Run& run, const RowNumbers& numbers) {
+    if (run.rows == 1) return expand_row(plan, parts, row, numbers, plan.span_piece);
+    const auto expand = [&](float* pieces, auto read) {
+        if (run.repeats == 1) return read(pieces);
+        read(numbers.blocks);
+        const int64_t blocks = rows * plan.blocks_across;
+        for (int64_t g = 0; g < blocks; ++g, pieces += run.repeats) {
+            for (int64_t p = 0; p < run.repeats; ++p) pieces[p] = numbers.blocks[g];
+        }
+    };
+    expand(numbers.scale, [&](float* to) { read_scales(plan, parts, row, rows, to); });
+    if (plan.has_zero) expand(numbers.zero, [&](float* to) { read_zeros(plan, parts, row, rows, to); });
+    if (plan.has_minimum) expand(numbers.minimum, [&](float* to) { read_minima(plan, parts, row, rows, to); });
 }
 
 }  // namespace quantlib::cpu::QUANTLIB_ISA
