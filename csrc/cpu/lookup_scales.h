@@ -10,32 +10,46 @@ namespace quantlib::cpu::QUANTLIB_ISA {
 constexpr int SUPER_RUN = 64;  // codes that are read together
 constexpr int SUPER_BITS = 6, SUPER_COUNT = LANES;
 
-// Whether every eight blocks share a unit, and a row's codes are whole runs.
+// Whether every eight blocks share a unit.
 inline bool has_super_runs(const Plan& plan) {
     return plan.scale == ScaleKind::super && plan.super_bits == SUPER_BITS && plan.super_count == SUPER_COUNT &&
-           plan.block_rows == 1 && plan.block_cols == plan.span_piece && plan.blocks_across % SUPER_RUN == 0;
+           plan.block_rows == 1 && plan.block_cols == plan.span_piece;
 }
 
-// to[i] = (code i - super_offset) * its unit, over one row.
+// to[i] = (code - super_offset) * its unit, for the codes of one run.
+inline void read_super_run(const Planes& planes, int64_t run, const uint8_t* units, Floats offset, float* to) {
+    const ByteCodes found = byte_codes<SUPER_BITS>(planes, run, 0);
+    const Ints first = low_words(found.even, found.odd), last = high_words(found.even, found.odd);
+    const __m128i quarters[4] = {_mm256_castsi256_si128(first), _mm256_castsi256_si128(last), _mm256_extracti128_si256(first, 1),
+                                 _mm256_extracti128_si256(last, 1)};
+    float own[SUPER_RUN / SUPER_COUNT];
+    store(own, load_half(reinterpret_cast<const uint16_t*>(units)));
+    for (int q = 0; q < 4; ++q, to += 2 * LANES) {
+        const Floats low = number(_mm256_cvtepu8_epi32(quarters[q]));
+        const Floats high = number(_mm256_cvtepu8_epi32(_mm_srli_si128(quarters[q], LANES)));
+        store(to, multiply(subtract(low, offset), broadcast(own[2 * q])));
+        store(to + LANES, multiply(subtract(high, offset), broadcast(own[2 * q + 1])));
+    }
+}
+
+// The same over one row; `to` has room for whole runs (row_capacity), and behind the last code gets what means nothing.
 inline void read_super_runs(const Plan& plan, const uint8_t* codes, const uint8_t* units, int64_t row, float* to) {
-    const int64_t across = plan.blocks_across;
+    const int64_t across = plan.blocks_across, whole = across / SUPER_RUN, rest = across % SUPER_RUN;
     const Planes planes = planes_of(SUPER_BITS, codes + row * (across * SUPER_BITS / 8), across);
     const uint8_t* unit = units + row * (across / SUPER_COUNT) * 2;
     const Floats offset = broadcast(plan.super_offset);
-    for (int64_t run = 0; run < across / SUPER_RUN; ++run, unit += SUPER_RUN / SUPER_COUNT * 2) {
-        const ByteCodes found = byte_codes<SUPER_BITS>(planes, run, 0);
-        const Ints first = low_words(found.even, found.odd), last = high_words(found.even, found.odd);
-        const __m128i quarters[4] = {_mm256_castsi256_si128(first), _mm256_castsi256_si128(last),
-                                     _mm256_extracti128_si256(first, 1), _mm256_extracti128_si256(last, 1)};
-        float own[SUPER_RUN / SUPER_COUNT];
-        store(own, load_half(reinterpret_cast<const uint16_t*>(unit)));
-        for (int q = 0; q < 4; ++q, to += 2 * LANES) {
-            const Floats low = number(_mm256_cvtepu8_epi32(quarters[q]));
-            const Floats high = number(_mm256_cvtepu8_epi32(_mm_srli_si128(quarters[q], LANES)));
-            store(to, multiply(subtract(low, offset), broadcast(own[2 * q])));
-            store(to + LANES, multiply(subtract(high, offset), broadcast(own[2 * q + 1])));
-        }
+    for (int64_t run = 0; run < whole; ++run, unit += SUPER_RUN / SUPER_COUNT * 2) {
+        read_super_run(planes, run, unit, offset, to + run * SUPER_RUN);
     }
+    if (rest == 0) return;
+    // From a copy, so that no byte beyond the row is read.
+    uint8_t tail[2][SUPER_RUN] = {}, tail_units[SUPER_RUN / SUPER_COUNT * 2] = {};
+    for (int i = 0; i < 2; ++i) {
+        const int width = PLANE_WIDTHS[SUPER_BITS][i];
+        memcpy(tail[i], planes.plane[i] + whole * (SUPER_RUN * width / 8), rest * width / 8);
+    }
+    memcpy(tail_units, unit, rest / SUPER_COUNT * 2);
+    read_super_run({{tail[0], tail[1], nullptr}}, 0, tail_units, offset, to + whole * SUPER_RUN);
 }
 
 // Fill `numbers` for `rows` rows from `row` on, in units of the decoder.

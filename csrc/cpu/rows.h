@@ -151,7 +151,7 @@ inline void multiply_row_pairs(const LinearCall& call, int64_t start, int64_t st
 
 // A thread costs microseconds to wake: none for less than `grain` weights times rows of x.
 inline int useful_threads(int64_t work, int threads) {
-    constexpr int64_t grain = 1 << 18;
+    constexpr int64_t grain = 1 << 17;
     return int(most(1, least(threads, work / grain)));
 }
 

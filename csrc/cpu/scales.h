@@ -189,6 +189,15 @@ inline void expand_run(const Plan& plan, const Parts& parts, int64_t row, int64_
     expand(numbers.scale, [&](float* to) { read_scales(plan, parts, row, rows, to); });
     if (plan.has_zero) expand(numbers.zero, [&](float* to) { read_zeros(plan, parts, row, rows, to); });
     if (plan.has_minimum) expand(numbers.minimum, [&](float* to) { read_minima(plan, parts, row, rows, to); });
+    // What the next run will read.
+    const int64_t first = (row + rows) * plan.blocks_across, count = rows * plan.blocks_across;
+    const auto fetch_blocks = [&](const uint8_t* from, int64_t size) {
+        for (int64_t byte = 0; byte < count * size; byte += 64) __builtin_prefetch(from + first * size + byte);
+    };
+    const int64_t size = plan.scale == ScaleKind::number ? item_size(plan.scale_dtype) : 1;
+    fetch_blocks(parts.scales, size);
+    if (plan.has_zero) fetch_blocks(parts.zeros, 1);
+    if (plan.has_minimum) fetch_blocks(parts.minima, size);
 }
 
 }  // namespace quantlib::cpu::QUANTLIB_ISA
