@@ -8,6 +8,7 @@ import pkgutil
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Threads that wait must not spin: test processes share few cores. Read when torch loads its OpenMP runtime.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -47,18 +48,27 @@ def instruction_sets() -> list[str]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "isa" in metafunc.fixturenames:
-        metafunc.parametrize("isa", instruction_sets(), indirect=True)
+        metafunc.parametrize("isa", getattr(metafunc.module, "RUNS_IN", instruction_sets()), indirect=True)
+
+
+@contextmanager
+def running(isa: str) -> Iterator[None]:
+    """Inside, the CPU kernels run in that instruction set."""
+    from quantlib.kernels import cpu
+
+    before = cpu.isa()
+    cpu._cpu.set_isa(isa)
+    try:
+        yield
+    finally:
+        cpu._cpu.set_isa(before)
 
 
 @pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """An instruction set, which the CPU kernels run in until the test ends."""
-    from quantlib.kernels import cpu
-
-    before = cpu.isa()
-    cpu._cpu.set_isa(request.param)
-    yield request.param
-    cpu._cpu.set_isa(before)
+    """An instruction set (of the module's RUNS_IN, if it has any), which the CPU kernels run in until the test ends."""
+    with running(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import TypeVar
 
 import pytest
 import torch
@@ -31,6 +33,7 @@ from .conftest import instruction_sets
 if cpu.unavailable is not None:
     pytest.skip(cpu.unavailable, allow_module_level=True)
 
+T = TypeVar("T")
 ISAS: tuple[str, ...] = tuple(instruction_sets())
 UNUSUAL: tuple[Format, ...] = (
     Format("table-1", Table((-0.5, 0.75)), Block(1, 16), FloatScale(torch.float16)),
@@ -91,6 +94,29 @@ def run(
 def fp64_product(x: torch.Tensor, weight: quantlib.QuantizedTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x times the weight as decoded in fp32 and not rounded, in fp64."""
     return functional.linear(x.double(), weight.dequantize().double(), None if bias is None else bias.double())
+
+
+def for_numbers_of_threads(compute: Callable[[], T]) -> list[T]:
+    """What `compute` gives with 1, 2, 3 and 7 threads: 3 and 7 cut rows unevenly."""
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(compute())
+    finally:
+        torch.set_num_threads(before)
+    return results
+
+
+def surrounded(weight: quantlib.QuantizedTensor, byte: int) -> quantlib.QuantizedTensor:
+    """The same weight, with 64 times `byte` behind each of its parts in memory."""
+    parts = {}
+    for name, part in weight.parts.items():
+        room = torch.full((part.numel() * part.element_size() + 64,), byte, dtype=torch.uint8)
+        inside = room[: part.numel() * part.element_size()].view(part.dtype).view(part.shape)
+        parts[name] = inside.copy_(part)
+    return replace(weight, parts=parts)
 
 
 def random_x(m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
@@ -198,14 +224,7 @@ def test_bits_do_not_depend_on_threads_or_batch(spec: str, isa: str) -> None:
     """Large enough for several threads to get rows; 3 and 7 cut them unevenly."""
     weight = quantized(spec, 2050, 576)
     x = random_x(16, 576, torch.float32)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            results.append((run("cpu_linear", x, weight), run("cpu_dequantize", torch.empty(0), weight)))
-    finally:
-        torch.set_num_threads(before)
+    results = for_numbers_of_threads(lambda: (run("cpu_linear", x, weight), run("cpu_dequantize", torch.empty(0), weight)))
     for y, decoded in results[1:]:
         assert_same_bits(y, results[0][0])
         assert_same_bits(decoded, results[0][1])
@@ -221,12 +240,7 @@ def test_what_lies_behind_the_parts_does_not_matter(isa: str) -> None:
     weight = quantized("int8-channel", 3, 7)
     outputs = []
     for neighbour in (0, 255):
-        parts = {}
-        for name, part in weight.parts.items():
-            room = torch.full((part.numel() * part.element_size() + 64,), neighbour, dtype=torch.uint8)
-            inside = room[: part.numel() * part.element_size()].view(part.dtype).view(part.shape)
-            parts[name] = inside.copy_(part)
-        moved = replace(weight, parts=parts)
+        moved = surrounded(weight, neighbour)
         outputs.append((run("cpu_linear", torch.ones(2, 7), moved), run("cpu_dequantize", torch.empty(0), moved)))
     assert_same_bits(outputs[0][0], outputs[1][0])
     assert_same_bits(outputs[0][1], outputs[1][1])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -15,13 +13,13 @@ from quantlib.kernels.cpu_pairs import exact_in_bf16
 from quantlib.testing import assert_close, assert_same_bits, assert_within_ulps, random_weight
 
 from . import cases
-from .conftest import instruction_sets
-from .test_cpu_kernels import UNUSUAL, fp64_product, quantized, random_x, run
+from .conftest import instruction_sets, running
+from .test_cpu_kernels import UNUSUAL, for_numbers_of_threads, fp64_product, quantized, random_x, run, surrounded
 
 if cpu.unavailable is not None:
     pytest.skip(cpu.unavailable, allow_module_level=True)
-LEVELS = [name for name in instruction_sets() if name in ("avx2", "avx512")]
-if not LEVELS:
+RUNS_IN = [name for name in instruction_sets() if name in ("avx2", "avx512")]
+if not RUNS_IN:
     pytest.skip(f"no instruction set with look-ups runs here, only {', '.join(instruction_sets())}", allow_module_level=True)
 
 pytestmark = pytest.mark.usefixtures("unusual_formats")
@@ -41,22 +39,13 @@ ALL: tuple[Format, ...] = (*map(get_format, cases.FORMATS), *UNUSUAL)
 TAKEN = [fmt.name for fmt in ALL if taken(fmt)]
 
 
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """An instruction set with look-ups, which runs until the test ends."""
-    before = cpu.isa()
-    cpu.native().set_isa(request.param)
-    yield request.param
-    cpu.native().set_isa(before)
-
-
 def product(name: str, x: torch.Tensor, weight: quantlib.QuantizedTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """run(), in calls of as many rows as the kernel takes."""
     step = cpu_lookup.DOT_ROWS if name == "cpu_lookup_dot" else max(1, x.shape[0])
     return torch.cat([run(name, x[i : i + step], weight, bias) for i in range(0, max(1, x.shape[0]), step)])
 
 
-def test_every_format_is_taken_or_refused_for_its_bits_table_or_blocks(level: str) -> None:
+def test_every_format_is_taken_or_refused_for_its_bits_table_or_blocks(isa: str) -> None:
     for fmt in ALL:
         for name in NAMES:
             why = get_kernel(name).supports(problem_of("linear", 1, quantized(fmt.name, 33, 130), torch.bfloat16))
@@ -66,7 +55,7 @@ def test_every_format_is_taken_or_refused_for_its_bits_table_or_blocks(level: st
 
 
 @pytest.mark.parametrize("spec", TAKEN)
-def test_identity_gives_back_the_decoded_weight(spec: str, level: str) -> None:
+def test_identity_gives_back_the_decoded_weight(spec: str, isa: str) -> None:
     """Bit for bit; within one ulp where bf16 doesn't hold a code book's entries. A sum of zeros has no sign."""
     for n, k in SHAPES:
         weight = quantized(spec, n, k)
@@ -83,7 +72,7 @@ def test_identity_gives_back_the_decoded_weight(spec: str, level: str) -> None:
 
 
 @pytest.mark.parametrize("spec", cases.FORMATS)
-def test_products_are_those_of_the_decoded_weight(spec: str, level: str) -> None:
+def test_products_are_those_of_the_decoded_weight(spec: str, isa: str) -> None:
     for i, (n, k) in enumerate(SHAPES):
         weight = quantized(spec, n, k)
         for dtype in cases.DTYPES:
@@ -97,18 +86,11 @@ def test_products_are_those_of_the_decoded_weight(spec: str, level: str) -> None
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("spec", ["int4-g32-asym", "nf4-dq", "q4_k", "q6_k", "fp8-e4m3-block128"])
-def test_bits_do_not_depend_on_threads_or_batch(spec: str, name: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bits_do_not_depend_on_threads_or_batch(spec: str, name: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every M from 1 to 40 of the tile kernel, which serves batch_invariant."""
     weight = quantized(spec, 2050, 576)
     x = random_x(100, 576, torch.bfloat16)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            results.append(product(name, x, weight))
-    finally:
-        torch.set_num_threads(before)
+    results = for_numbers_of_threads(lambda: product(name, x, weight))
     for other in results[1:]:
         assert_same_bits(other, results[0])
     for m in range(1, 41 if name == "cpu_lookup_tile" else cpu_lookup.DOT_ROWS + 1):
@@ -119,7 +101,7 @@ def test_bits_do_not_depend_on_threads_or_batch(spec: str, name: str, level: str
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-def test_strides_of_x_do_not_matter(name: str, dtype: torch.dtype, level: str) -> None:
+def test_strides_of_x_do_not_matter(name: str, dtype: torch.dtype, isa: str) -> None:
     weight = quantized("int4-g32-asym", 130, 130)
     base = random_x(300, 300, dtype)
     for m in (1, 19):
@@ -128,7 +110,7 @@ def test_strides_of_x_do_not_matter(name: str, dtype: torch.dtype, level: str) -
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_random_codes_of_every_width_keep_the_law(name: str, level: str) -> None:
+def test_random_codes_of_every_width_keep_the_law(name: str, isa: str) -> None:
     """Weights whose parts hold any bytes, not only what quantizing gives."""
     generator = torch.Generator().manual_seed(3)
     for spec in ("int4-g128", "int8-channel", "int3-g64-asym", "q6_k", "nvfp4", "fp8-e5m2"):
@@ -142,7 +124,7 @@ def test_random_codes_of_every_width_keep_the_law(name: str, level: str) -> None
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_no_number_reaches_every_result_of_its_row(name: str, level: str) -> None:
+def test_what_is_no_number_reaches_every_result_of_its_row(name: str, isa: str) -> None:
     weight = quantized("nvfp4", 64, 256)
     x = torch.ones(2, 256)
     x[1, 17] = float("nan")
@@ -160,20 +142,13 @@ def test_what_is_no_number_reaches_every_result_of_its_row(name: str, level: str
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_lies_behind_the_parts_does_not_matter(name: str, level: str) -> None:
+def test_what_lies_behind_the_parts_does_not_matter(name: str, isa: str) -> None:
     weight = quantized("int8-channel", 3, 7)
-    outputs = []
-    for neighbour in (0, 255):
-        parts = {}
-        for part_name, part in weight.parts.items():
-            room = torch.full((part.numel() * part.element_size() + 64,), neighbour, dtype=torch.uint8)
-            inside = room[: part.numel() * part.element_size()].view(part.dtype).view(part.shape)
-            parts[part_name] = inside.copy_(part)
-        outputs.append(run(name, torch.ones(2, 7), quantlib.QuantizedTensor(weight.format, weight.shape, parts)))
+    outputs = [run(name, torch.ones(2, 7), surrounded(weight, neighbour)) for neighbour in (0, 255)]
     assert_same_bits(outputs[0], outputs[1])
 
 
-def test_one_kernel_serves_every_batch_where_batches_must_not_matter(level: str) -> None:
+def test_one_kernel_serves_every_batch_where_batches_must_not_matter(isa: str) -> None:
     for spec in cases.FORMATS:
         for dtype in cases.DTYPES:
             weight = quantized(spec, 64, 256)
@@ -181,10 +156,10 @@ def test_one_kernel_serves_every_batch_where_batches_must_not_matter(level: str)
                 select(problem_of("linear", m, weight, dtype, batch_invariant=True)).name
                 for m in (*range(1, 20), 64, 500, 4000)
             }
-            assert chosen == {"cpu_lookup_tile" if level == "avx2" else "cpu_linear"}
+            assert chosen == {"cpu_lookup_tile" if isa == "avx2" else "cpu_linear"}
 
 
-def test_dispatch_takes_dots_for_few_rows_and_tiles_for_more(level: str) -> None:
+def test_dispatch_takes_dots_for_few_rows_and_tiles_for_more(isa: str) -> None:
     weight = quantized("int4-g128", 1024, 1024)
     for dtype in cases.DTYPES:
         assert select(problem_of("linear", 1, weight, dtype)).name == "cpu_lookup_dot"
@@ -193,13 +168,9 @@ def test_dispatch_takes_dots_for_few_rows_and_tiles_for_more(level: str) -> None
 
 def test_the_scalar_set_refuses_in_words() -> None:
     weight = quantized("int4-g128", 64, 256)
-    before = cpu.isa()
-    cpu.native().set_isa("scalar")
-    try:
+    with running("scalar"):
         problem = problem_of("linear", 1, weight, torch.bfloat16)
         for name in NAMES:
             assert "AVX2" in (get_kernel(name).supports(problem) or "")
-            with pytest.raises(ValueError, match="lacks this product"):
+            with pytest.raises(ValueError, match="no look-ups"):
                 get_kernel(name).run(problem, random_x(1, 256, torch.bfloat16), weight, None)
-    finally:
-        cpu.native().set_isa(before)

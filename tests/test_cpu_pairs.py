@@ -12,7 +12,8 @@ from quantlib.kernels import cpu, cpu_pairs, get_kernel
 from quantlib.testing import assert_close, assert_same_bits, assert_within_ulps, random_weight
 
 from . import cases
-from .test_cpu_kernels import UNUSUAL, fp64_product, quantized, random_x, run
+from .conftest import running
+from .test_cpu_kernels import UNUSUAL, for_numbers_of_threads, fp64_product, quantized, random_x, run
 
 if cpu.unavailable is not None:
     pytest.skip(cpu.unavailable, allow_module_level=True)
@@ -85,14 +86,7 @@ def test_products_are_those_of_the_decoded_weight(spec: str) -> None:
 def test_bits_do_not_depend_on_threads_or_batch(spec: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = quantized(spec, 2050, 576)
     x = random_x(16, 2050 if name == "cpu_pairs_dgrad" else 576, torch.bfloat16)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            results.append(run(name, x, weight))
-    finally:
-        torch.set_num_threads(before)
+    results = for_numbers_of_threads(lambda: run(name, x, weight))
     for other in results[1:]:
         assert_same_bits(other, results[0])
     for m in (1, 2, 3, 5, 9):
@@ -147,9 +141,7 @@ def test_dispatch_takes_them_where_they_are_fastest_and_says_why_not_elsewhere()
 
 def test_a_lower_instruction_set_refuses_in_words() -> None:
     weight = quantized("int4-g128", 64, 256)
-    before = cpu.isa()
-    cpu.native().set_isa("avx2")
-    try:
+    with running("avx2"):
         answer = get_kernel("cpu_pairs_dot").supports(problem_of("linear", 1, weight, torch.bfloat16))
         assert answer is not None
         assert "AVX-512 BF16" in answer
@@ -158,8 +150,6 @@ def test_a_lower_instruction_set_refuses_in_words() -> None:
             get_kernel("cpu_pairs_dot").run(
                 problem_of("linear", 1, weight, torch.bfloat16), random_x(1, 256, torch.bfloat16), weight, None
             )
-    finally:
-        cpu.native().set_isa(before)
 
 
 def test_random_codes_of_every_width_keep_the_law() -> None:

@@ -133,7 +133,10 @@ void linear(const Plan& plan, const Parts& parts, int64_t m, const std::string& 
                              reinterpret_cast<void*>(y),
                              threads};
     const auto chosen = kernels().*KERNEL;
-    if (chosen == nullptr) throw std::invalid_argument("the instruction set " + isa() + " lacks this product");
+    if (chosen == nullptr) {
+        constexpr bool LOOKUP = KERNEL == &Kernels::lookup_dot || KERNEL == &Kernels::lookup_tile;
+        throw std::invalid_argument("the instruction set " + isa() + (LOOKUP ? " has no look-ups" : " has no products of bf16 pairs"));
+    }
     py::gil_scoped_release release;
     if (!chosen(call)) throw std::bad_alloc();
 }

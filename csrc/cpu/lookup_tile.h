@@ -16,13 +16,6 @@ constexpr int BLOCK_SPANS = 16;
 constexpr int64_t BLOCK_FLOATS = x_stride_of(BLOCK_SPANS);
 constexpr int64_t BLOCK_XS = 48;  // rows of x whose columns of a block stay in the second-level cache, beside those of W
 
-template <Shift SHIFT>
-QUANTLIB_INLINE Floats scaled(Floats number, Floats scale, Floats shift) {
-    if constexpr (SHIFT == Shift::zero) return multiply(subtract(number, shift), scale);
-    if constexpr (SHIFT == Shift::minimum) return subtract(multiply(number, scale), shift);
-    return multiply(number, scale);
-}
-
 // Spans start ... stop of one row; `planes` count spans from `start`.
 template <Shift SHIFT, class Codes, class SpanLanes>
 QUANTLIB_INLINE void decode_spans(const Codes& codes, const SpanLanes& lanes, const Planes& planes, const RowNumbers& numbers,
@@ -107,15 +100,6 @@ struct LookupTile {
         }
     }
 
-    inline void write(int64_t row, int64_t rows, const TileMemory& memory) const {
-        uint8_t* y = static_cast<uint8_t*>(call.y);
-        for (int64_t m = 0; m < call.m; ++m) {
-            float* sums = memory.sums + m * BLOCK_ROWS;
-            for (int64_t r = 0; call.bias != nullptr && r < rows; ++r) sums[r] += call.bias[row + r];
-            write_numbers(call.dtype, sums, rows, y + (m * call.plan->n + row) * item_size(call.dtype));
-        }
-    }
-
     // Few rows of x: as many rows of W as a tile takes, so that they are still in the first-level cache; else BLOCK_ROWS.
     inline int64_t rows_at_once() const { return call.m <= 4 * TILE_XS ? TILE_ROWS : BLOCK_ROWS; }
 
@@ -139,7 +123,7 @@ struct LookupTile {
                     }
                     multiply(count, start, stop, memory);
                 }
-                write(row, count, memory);
+                write_products(call, row, count, memory.sums, BLOCK_ROWS);
             }
         });
     }

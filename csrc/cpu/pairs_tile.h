@@ -18,13 +18,6 @@ constexpr int BLOCK_SPANS = 16;
 // Rows a multiple of 4096 bytes apart would all compete for the same few sets of the first-level cache.
 constexpr int64_t BLOCK_WORDS = BLOCK_SPANS * SPAN + WORDS;
 
-template <Shift SHIFT>
-inline Floats scaled(Floats number, Floats scale, Floats shift) {
-    if constexpr (SHIFT == Shift::zero) return multiply(subtract(number, shift), scale);
-    if constexpr (SHIFT == Shift::minimum) return subtract(multiply(number, scale), shift);
-    return multiply(number, scale);
-}
-
 // Spans start ... stop of one row, rounded to bf16; `planes` count spans from `start`.
 template <Shift SHIFT, class Codes>
 QUANTLIB_INLINE void decode_spans(const Codes& codes, const Spread& spread, const Planes& planes, const RowNumbers& numbers, int64_t start,
@@ -117,15 +110,6 @@ struct PairsTile {
         }
     }
 
-    inline void write(int64_t row, int64_t rows, const TileMemory& memory) const {
-        uint8_t* y = static_cast<uint8_t*>(call.y);
-        for (int64_t m = 0; m < call.m; ++m) {
-            float* sums = memory.sums + m * BLOCK_ROWS;
-            for (int64_t r = 0; call.bias != nullptr && r < rows; ++r) sums[r] += call.bias[row + r];
-            write_numbers(call.dtype, sums, rows, y + (m * call.plan->n + row) * item_size(call.dtype));
-        }
-    }
-
     void rows(int64_t from, int64_t to, const TileMemory& memory) const {
         with_decoder(*call.plan, [&](const auto& codes, auto shifted) {
             for (int64_t row = from; row < to; row += BLOCK_ROWS) {
@@ -136,7 +120,7 @@ struct PairsTile {
                     this->template decode<decltype(shifted)::shift>(codes, row, count, start, stop, memory);
                     multiply(count, start, stop, memory);
                 }
-                write(row, count, memory);
+                write_products(call, row, count, memory.sums, BLOCK_ROWS);
             }
         });
     }

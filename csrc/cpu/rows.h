@@ -55,6 +55,14 @@ struct Shifted {
     static constexpr Shift shift = SHIFT;
 };
 
+// The law, in fp32.
+template <Shift SHIFT>
+QUANTLIB_INLINE Floats scaled(Floats number, Floats scale, Floats shift) {
+    if constexpr (SHIFT == Shift::zero) return multiply(subtract(number, shift), scale);
+    if constexpr (SHIFT == Shift::minimum) return subtract(multiply(number, scale), shift);
+    return multiply(number, scale);
+}
+
 // Floats that one row's numbers take.
 inline int64_t numbers_size(const Plan& plan) { return 4 * row_capacity(plan); }
 
@@ -81,10 +89,10 @@ constexpr int64_t FETCH_AHEAD = 2048;
 // Kernels at the speed of memory multiply rows of W in pairs (DOT_ROWS), and write WRITE_ROWS of each half together.
 constexpr int DOT_ROWS = 2, WRITE_ROWS = 16;
 
-// Products [m][DOT_ROWS][WRITE_ROWS] of `rows` rows of W with every row of x, and the bias -> y.
-inline void write_products(const LinearCall& call, int64_t row, int64_t rows, float* values) {
+// Products of `rows` rows of W with every row of x, which lie `stride` apart, and the bias -> y.
+inline void write_products(const LinearCall& call, int64_t row, int64_t rows, float* values, int64_t stride) {
     uint8_t* y = static_cast<uint8_t*>(call.y);
-    for (int64_t m = 0; m < call.m; ++m, values += DOT_ROWS * WRITE_ROWS) {
+    for (int64_t m = 0; m < call.m; ++m, values += stride) {
         for (int64_t r = 0; call.bias != nullptr && r < rows; ++r) values[r] += call.bias[row + r];
         write_numbers(call.dtype, values, rows, y + (m * call.plan->n + row) * item_size(call.dtype));
     }
@@ -144,8 +152,8 @@ inline void multiply_row_pairs(const LinearCall& call, int64_t start, int64_t st
             const RowNumbers numbers[DOT_ROWS] = {firsts.at(first + r), seconds.at(last)};
             two_rows(first + r, last, numbers, memory.values + r);
         }
-        write_products(call, first, count, memory.values);
-        write_products(call, second, least(count, stop - second), memory.values + WRITE_ROWS);
+        write_products(call, first, count, memory.values, DOT_ROWS * WRITE_ROWS);
+        write_products(call, second, least(count, stop - second), memory.values + WRITE_ROWS, DOT_ROWS * WRITE_ROWS);
     }
 }
 

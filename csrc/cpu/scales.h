@@ -137,6 +137,15 @@ inline void repeat_blocks(const Plan& plan, int piece, const float* blocks, floa
     for (; p < wanted; ++p) pieces[p] = 0.0f;
 }
 
+// Call expand(where pieces go, what reads the numbers of `rows` rows of blocks) for each kind of number that a format has.
+template <class Expand>
+inline void read_numbers_of(const Plan& plan, const Parts& parts, int64_t block_row, int64_t rows, const RowNumbers& numbers,
+                            Expand expand) {
+    expand(numbers.scale, [&](float* to) { read_scales(plan, parts, block_row, rows, to); });
+    if (plan.has_zero) expand(numbers.zero, [&](float* to) { read_zeros(plan, parts, block_row, rows, to); });
+    if (plan.has_minimum) expand(numbers.minimum, [&](float* to) { read_minima(plan, parts, block_row, rows, to); });
+}
+
 // Fill `numbers` for weight row `row`, one per `piece` columns.
 inline void expand_row(const Plan& plan, const Parts& parts, int64_t row, const RowNumbers& numbers, int piece) {
     const int64_t block_row = plan.block_rows == 0 ? 0 : row / plan.block_rows;
@@ -149,9 +158,7 @@ inline void expand_row(const Plan& plan, const Parts& parts, int64_t row, const 
             repeat_blocks(plan, piece, numbers.blocks, pieces);
         }
     };
-    expand(numbers.scale, [&](float* to) { read_scales(plan, parts, block_row, 1, to); });
-    if (plan.has_zero) expand(numbers.zero, [&](float* to) { read_zeros(plan, parts, block_row, 1, to); });
-    if (plan.has_minimum) expand(numbers.minimum, [&](float* to) { read_minima(plan, parts, block_row, 1, to); });
+    read_numbers_of(plan, parts, block_row, 1, numbers, expand);
 }
 
 // Consecutive rows whose numbers are expanded together: for a short row a call per row takes as long as its products.
@@ -159,8 +166,9 @@ struct Run {
     int64_t rows, stride;  // as many as are expanded at once; floats between the numbers of one row and the next
     int64_t repeats;       // pieces of a block
 
-    // `columns` of a row are read; a run's rows lie side by side, so that what stands behind one row's is another's.
+    // A row by itself.
     Run() : rows(1), stride(0), repeats(0) {}
+    // `columns` of a row are read; a run's rows lie side by side, so that what stands behind one row's is another's.
     Run(const Plan& plan, int64_t columns) : Run() {
         const int piece = plan.span_piece;
         repeats = plan.block_cols == 0 ? (columns + piece - 1) / piece : plan.block_cols / piece;
@@ -186,9 +194,7 @@ inline void expand_run(const Plan& plan, const Parts& parts, int64_t row, int64_
             for (int64_t p = 0; p < run.repeats; ++p) pieces[p] = numbers.blocks[g];
         }
     };
-    expand(numbers.scale, [&](float* to) { read_scales(plan, parts, row, rows, to); });
-    if (plan.has_zero) expand(numbers.zero, [&](float* to) { read_zeros(plan, parts, row, rows, to); });
-    if (plan.has_minimum) expand(numbers.minimum, [&](float* to) { read_minima(plan, parts, row, rows, to); });
+    read_numbers_of(plan, parts, row, rows, numbers, expand);
     // What the next run will read.
     const int64_t first = (row + rows) * plan.blocks_across, count = rows * plan.blocks_across;
     const auto fetch_blocks = [&](const uint8_t* from, int64_t size) {

@@ -188,6 +188,11 @@ class Packed:
             torch.get_num_threads(),
         )
 
+    def products(self, function: Any, x: Tensor, bias: Tensor | None, out: Tensor, at_once: int) -> None:
+        """The same for `at_once` rows of x a call, which bounds the memory of a call."""
+        for start in range(0, x.shape[0], at_once):
+            self.product(function, x[start : start + at_once], bias, out[start : start + at_once])
+
     def decode(self, rows: tuple[int, int], columns: tuple[int, int], out: Tensor) -> None:
         """out, contiguous = W[rows, columns] in out's dtype; the first column is a multiple of 32."""
         _cpu.dequantize(
@@ -300,10 +305,7 @@ class CpuLinear(Kernel):
     def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
         y = x.new_empty(x.shape[0], weight.shape[0])
         if y.numel():
-            x = rounded_activations(problem, x)
-            packed = Packed.of(weight)
-            for start in range(0, x.shape[0], LINEAR_ROWS):
-                packed.product(_cpu.linear, x[start : start + LINEAR_ROWS], bias, y[start : start + LINEAR_ROWS])
+            Packed.of(weight).products(_cpu.linear, rounded_activations(problem, x), bias, y, LINEAR_ROWS)
         return y
 
 

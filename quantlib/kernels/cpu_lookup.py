@@ -51,9 +51,8 @@ class LookupKernel(Kernel):
         y = x.new_empty(x.shape[0], weight.shape[0])
         if not y.numel():
             return y
-        function, packed, x = getattr(cpu.native(), self.function), Packed.of(weight), rounded_activations(problem, x)
-        for start in range(0, x.shape[0], ROWS_AT_ONCE):
-            packed.product(function, x[start : start + ROWS_AT_ONCE], bias, y[start : start + ROWS_AT_ONCE])
+        function = getattr(cpu.native(), self.function)
+        Packed.of(weight).products(function, rounded_activations(problem, x), bias, y, ROWS_AT_ONCE)
         return y
 
 
