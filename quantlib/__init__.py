@@ -8,6 +8,7 @@ Importing has no side effects and takes no GPU memory.
 
 from quantlib import kernels as _kernels
 from quantlib.algorithms import quantize
+from quantlib.calibration import Statistics, calibrate, calibration_tokens
 from quantlib.devices import devices
 from quantlib.errors import CheckpointError, FormatError, KernelError, QuantlibError, ShapeError
 from quantlib.evaluation import Evaluation, evaluate
@@ -39,6 +40,9 @@ __all__ = [
     "QuantizedTensor",
     "QuantlibError",
     "ShapeError",
+    "Statistics",
+    "calibrate",
+    "calibration_tokens",
     "devices",
     "evaluate",
     "explain",

@@ -36,6 +36,7 @@ LEVELS = {
     "tuning": 5,
     "serialization": 5,
     "evaluation": 5,
+    "calibration": 5,
     "integrations": 6,
     "cli": 6,
     "__main__": 6,
@@ -52,6 +53,8 @@ SAME_LEVEL = {
     ("layouts", "devices"),
     ("formats", "errors"),
     ("cli", "integrations"),
+    ("calibration", "evaluation"),
+    ("patch", "calibration"),
 }
 SAME_LEVEL |= {("__main__", "cli")}
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quantlib.algorithms.base import register_algorithm, validate_weight
+from quantlib.algorithms.base import register_algorithm, require_inputs, validate_weight
 from quantlib.algorithms.columns import Grid, storable
 from quantlib.algorithms.descent import descend
 from quantlib.algorithms.hessian import damped, inverse_factor
 from quantlib.algorithms.statistics import InputStatistics, Need
-from quantlib.errors import QuantlibError, ShapeError
+from quantlib.errors import QuantlibError
 from quantlib.formats.base import Format
 from quantlib.formats.search import Search
 from quantlib.tensor import QuantizedTensor
@@ -58,10 +58,7 @@ class GPTQ:
         """weight [N, K] -> rows layout, by the statistics of its inputs. Raises QuantlibError where they are missing or their
         Hessian can't be factored, ShapeError and FormatError as `validate_weight`."""
         validate_weight(weight, fmt, name)
-        if inputs is None or inputs.tokens == 0:
-            raise QuantlibError(f"{name}: gptq needs calibration data, and this layer has seen none; pass calibration=")
-        if inputs.sum_sq.numel() != weight.shape[1]:
-            raise ShapeError(f"{name}: statistics of {inputs.sum_sq.numel()} inputs don't fit a weight {list(weight.shape)}")
+        inputs = require_inputs(inputs, weight, name, self.name)
         weight = weight.detach()
         work = torch.float64 if weight.device.type == "cpu" else torch.float32
         hessian = inputs.hessian.to(device=weight.device, dtype=work)

@@ -21,7 +21,7 @@ class InputStatistics:
     tokens    how many
     sum_abs   [K] of |x|, fp64
     sum_sq    [K] of x^2, fp64
-    outer     [K, K] of x x^T, fp32 or fp64; None where only moments were asked for
+    outer     [K, K] of x x^T, fp32; None where only moments were asked for
     """
 
     tokens: int
@@ -38,10 +38,9 @@ class InputStatistics:
 
     def add(self, x: Tensor, name: str = "input") -> None:
         """Count inputs [..., K] of any float dtype. Raises QuantlibError where one is NaN or infinite."""
-        k = self.sum_sq.numel()
-        if x.shape[-1] != k:
-            raise ShapeError(f"{name}: inputs have {x.shape[-1]} columns, expected {k}")
-        x = x.detach().reshape(-1, k).to(torch.float32)
+        if x.shape[-1] != self.columns:
+            raise ShapeError(f"{name}: inputs have {x.shape[-1]} columns, expected {self.columns}")
+        x = x.detach().reshape(-1, self.columns).to(torch.float32)
         squares = x.square().sum(dim=0, dtype=torch.float64)
         if not bool(torch.isfinite(squares).all()):
             bad = int((~torch.isfinite(x)).sum())
@@ -55,6 +54,15 @@ class InputStatistics:
         if self.outer is not None:
             _add_outer(self.outer, x)
 
+    def tensors(self) -> list[Tensor]:
+        """The sums themselves, to be added up over processes."""
+        return [self.sum_abs, self.sum_sq] + ([] if self.outer is None else [self.outer])
+
+    @property
+    def columns(self) -> int:
+        """K."""
+        return self.sum_sq.numel()
+
     @property
     def mean_abs(self) -> Tensor:
         """[K] fp32: mean |x|."""
@@ -67,10 +75,22 @@ class InputStatistics:
 
     @property
     def hessian(self) -> Tensor:
-        """[K, K]: 2 / tokens * sum x x^T, the second derivative of the mean squared output error by a row of the weight."""
+        """[K, K] fp32: 2 / tokens * sum x x^T, the second derivative of the mean squared output error by a row of the weight."""
         if self.outer is None:
             raise QuantlibError("these statistics hold moments only; an algorithm with Hessians must ask for them")
         return self.outer * (2 / max(self.tokens, 1))
+
+    def output_error(self, weight: Tensor, decoded: Tensor) -> float:
+        """||x (decoded - weight)^T|| / ||x weight^T|| over all tokens, for weights [N, K]. Without the outer product, as if inputs
+        were independent of each other."""
+        weight = weight.detach().to(torch.float32)
+        error, signal = self._energy(decoded.to(torch.float32) - weight), self._energy(weight)
+        return (error / signal) ** 0.5 if signal else error**0.5
+
+    def _energy(self, matrix: Tensor) -> float:
+        if self.outer is None:
+            return float((matrix.square().sum(dim=0, dtype=torch.float64) * self.sum_sq.to(matrix.device)).sum())
+        return max(0.0, float(((matrix @ self.outer.to(matrix.device)) * matrix).sum(dtype=torch.float64)))
 
 
 SQUARE = 512
