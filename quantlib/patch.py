@@ -47,13 +47,13 @@ def patch(
                  name; the first match wins, None leaves a layer as it is
     skip         patterns of layers to leave (default: the output head)
     algorithm    a name ("rtn", "gptq") or an object that chooses scales and codes, `GPTQ(damp_percent=0.02)`
-    calibration  for algorithms that need data: token windows [samples, length] (see `calibration_tokens`), with which each layer
-                 is calibrated behind the layers quantized before; or what `calibrate` returned
+    calibration  for algorithms that need data: token windows [samples, length] (see `calibration_tokens`), with which each
+                 layer is calibrated behind the layers quantized before; or what `calibrate` returned
     activations  None (weights only), a format that the inputs are rounded to, or "auto": what the device computes best in
     device       where to quantize and leave the model; default: where each weight lies
     kernel       force one kernel for every layer
-    journal      with calibration tokens: a directory that keeps each layer as it is done; the same call on the same model goes on
-                 where an earlier one was killed, and ends with the same bits
+    journal      with calibration tokens: a directory that keeps each layer as it is done; the same call on the same model goes
+                 on where an earlier one was killed, and ends with the same bits
 
     Peak memory is the model and about one layer. Everything that can be known beforehand (names, formats, values, kernel) is
     checked before the first layer is touched. Raises QuantlibError; FormatError and ShapeError name the layer. An interrupt in
@@ -146,8 +146,8 @@ def _check_calibration(
 ) -> None:  # fmt: skip
     if calibration is None and method.needs != "nothing":
         raise QuantlibError(
-            f"algorithm {method.name!r} needs calibration data: pass calibration=quantlib.calibration_tokens(tokenizer=tokenizer), "
-            "or token windows of your own"
+            f"algorithm {method.name!r} needs calibration data: pass "
+            "calibration=quantlib.calibration_tokens(tokenizer=tokenizer), or token windows of your own"
         )
     if calibration is not None and method.needs == "nothing":
         raise QuantlibError(f"algorithm {method.name!r} takes no calibration data")

@@ -90,7 +90,8 @@ def test_statistics_are_those_of_a_plain_run(build: Any, batch_size: int) -> Non
     model.train()
     before = {name: tensor.clone() for name, tensor in held(model).items()}
     found = quantlib.calibrate(model, sample, needs="hessian", batch_size=batch_size, progress=False)
-    assert model.training and list(found) == names
+    assert model.training
+    assert list(found) == names
     assert all(torch.equal(tensor, before[name]) for name, tensor in held(model).items())
     for name, x in inputs_by_hooks(model.eval(), names, sample).items():
         assert found[name].tokens == len(x) == sample.numel()
@@ -106,7 +107,8 @@ def test_statistics_outlive_their_process(tmp_path: Path) -> None:
     kept = quantlib.Statistics.load(found.save(tmp_path / "statistics"))
     assert list(kept) == list(found)
     names = list(found)
-    assert kept[names[0]] is kept[names[1]] and kept[names[0]] is not kept[names[3]]
+    assert kept[names[0]] is kept[names[1]]
+    assert kept[names[0]] is not kept[names[3]]
     for name in names:
         assert kept[name].tokens == found[name].tokens
         assert_same_bits(kept[name].sum_sq, found[name].sum_sq)
@@ -136,7 +138,7 @@ def test_each_layer_is_calibrated_behind_those_already_quantized() -> None:
     assert float((found == expected.parts["codes"]).double().mean()) > 0.99
 
 
-def test_calibrated_layers_answer_better(seed: int = 0) -> None:
+def test_calibrated_layers_answer_better() -> None:
     errors = {}
     original = llama()
     with torch.no_grad():
@@ -156,8 +158,10 @@ def test_layers_that_no_token_reaches_are_rounded_and_reported() -> None:
     model.spare = nn.Linear(32, 32)
     report = quantlib.patch(model, "int4-g32", algorithm="gptq", calibration=tokens(), skip=(), progress=False)
     by_name = {layer.name: layer for layer in report.layers}
-    assert by_name["spare"].algorithm == "rtn" and by_name["spare"].output_error is None
-    assert by_name["head"].algorithm == "gptq" and by_name["head"].output_error is not None
+    assert by_name["spare"].algorithm == "rtn"
+    assert by_name["spare"].output_error is None
+    assert by_name["head"].algorithm == "gptq"
+    assert by_name["head"].output_error is not None
 
 
 # bad data
@@ -199,7 +203,8 @@ class Words:
 def test_samples_are_drawn_by_seed() -> None:
     text = "The quick brown fox jumps over the lazy dog. " * 20
     found = quantlib.calibration_tokens(text, Words(), samples=5, length=16, seed=3)
-    assert found.shape == (5, 16) and found.dtype == torch.int64
+    assert found.shape == (5, 16)
+    assert found.dtype == torch.int64
     assert_same_bits(found, quantlib.calibration_tokens(text, Words(), samples=5, length=16, seed=3))
     assert not torch.equal(found, quantlib.calibration_tokens(text, Words(), samples=5, length=16, seed=4))
     assert all("".join(map(chr, row.tolist())) in text for row in found)
@@ -211,7 +216,8 @@ def test_the_default_text_is_not_what_is_evaluated() -> None:
     from quantlib.evaluation import default_text
 
     calibration, evaluated = default_text("calibration"), default_text("evaluation")
-    assert default_text().startswith(evaluated) and default_text().endswith(calibration)
+    assert default_text().startswith(evaluated)
+    assert default_text().endswith(calibration)
     assert len(evaluated) + len(calibration) + 2 == len(default_text())
     found = quantlib.calibration_tokens(None, Words(), samples=3, length=64)
     everything = [ord(letter) % 128 for letter in calibration]
@@ -257,7 +263,8 @@ def start(journal: Path, result: Path) -> subprocess.Popen[str]:
 
 def test_a_run_killed_ten_times_ends_with_the_same_bits(tmp_path: Path) -> None:
     whole = start(tmp_path / "whole", tmp_path / "whole.pt")
-    assert whole.stdout is not None and whole.stdout.readline() == "ready\n"
+    assert whole.stdout is not None
+    assert whole.stdout.readline() == "ready\n"
     begun = time.monotonic()
     assert whole.wait() == 0
     took = time.monotonic() - begun
@@ -265,7 +272,8 @@ def test_a_run_killed_ten_times_ends_with_the_same_bits(tmp_path: Path) -> None:
     kills = 0
     while kills < 10:
         running = start(tmp_path / "killed", tmp_path / "killed.pt")
-        assert running.stdout is not None and running.stdout.readline() == "ready\n"
+        assert running.stdout is not None
+        assert running.stdout.readline() == "ready\n"
         time.sleep(chance.uniform(0, took / 3))
         if running.poll() is not None:  # it came to its end before the kill: begin anew, so that ten kills are ten kills
             (tmp_path / "killed").rename(tmp_path / f"ended-{kills}-{time.monotonic_ns()}")
@@ -331,7 +339,7 @@ def test_a_full_disk_leaves_a_journal_to_go_on_with(tmp_path: Path, monkeypatch:
         real(*arguments, **keywords)
 
     monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(quantlib.CheckpointError, match="No space left on device; .* start again") as caught:
+    with pytest.raises(quantlib.CheckpointError, match=r"No space left on device; .* start again") as caught:
         quantlib.patch(llama(), "int4-g32", **options)
     assert "3 of 14 layers; call again with the same journal" in caught.value.__notes__[0]
     assert not [file for file in journal.iterdir() if file.name.startswith(".")]

@@ -152,7 +152,7 @@ def test_a_hessian_beyond_repair_is_an_error() -> None:
     assert statistics.outer is not None
     statistics.outer.fill_diagonal_(-1.0)
     statistics.outer[0, 1] = statistics.outer[1, 0] = math.inf
-    with pytest.raises(quantlib.QuantlibError, match="mlp.up: the Hessian .* no Cholesky factor .* damp_percent"):
+    with pytest.raises(quantlib.QuantlibError, match=r"mlp.up: the Hessian .* no Cholesky factor .* damp_percent"):
         GPTQ().quantize(torch.randn(8, 64), quantlib.get_format("nf4"), statistics, "mlp.up")
 
 

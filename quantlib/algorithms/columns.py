@@ -38,9 +38,7 @@ class Grid:
         def zeros() -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=weight.device)
 
-        numbers = Effective(
-            zeros(), zeros() if fmt.zero == "integer" else None, zeros() if fmt.zero == "minimum" else None
-        )
+        numbers = Effective(zeros(), zeros() if fmt.zero == "integer" else None, zeros() if fmt.zero == "minimum" else None)
         return cls(fmt, n, k, fmt.fit_shared(weight), numbers)
 
     @property
@@ -91,9 +89,7 @@ class Grid:
             if self.numbers.zero is not None:
                 scales["zeros"] = self.numbers.zero.to(torch.uint8)
         parts |= scales
-        ordered = {
-            part: parts[part].clone(memory_format=torch.contiguous_format) for part in self.fmt.specs(self.n, self.k)
-        }
+        ordered = {part: parts[part].clone(memory_format=torch.contiguous_format) for part in self.fmt.specs(self.n, self.k)}
         return QuantizedTensor(self.fmt, (self.n, self.k), ordered)
 
 

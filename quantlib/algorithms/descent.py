@@ -14,9 +14,7 @@ from quantlib.formats.scales import SuperScale
 BLOCK = 128
 
 
-def descend(
-    weight: Tensor, grid: Grid, hessian: Tensor, codes: Tensor, values: Tensor, sweeps: int, scales: bool
-) -> None:
+def descend(weight: Tensor, grid: Grid, hessian: Tensor, codes: Tensor, values: Tensor, sweeps: int, scales: bool) -> None:
     """Improve codes uint8 and their values [columns, n] in place, and the grid's scales where `scales` allows it.
 
     weight   [columns, n], transposed and padded as `codes`; fp32 or fp64

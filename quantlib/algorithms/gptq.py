@@ -15,7 +15,6 @@ from quantlib.algorithms.columns import Grid, storable
 from quantlib.algorithms.descent import descend
 from quantlib.algorithms.hessian import damped, inverse_factor
 from quantlib.algorithms.statistics import InputStatistics, Need
-from quantlib.errors import QuantlibError
 from quantlib.formats.base import Format
 from quantlib.formats.search import Search
 from quantlib.tensor import QuantizedTensor
@@ -26,8 +25,8 @@ class GPTQ:
     """Options, under their usual names.
 
     damp_percent   share of the mean diagonal that is added to the Hessian's diagonal; grows until it can be factored
-    desc_act       columns in descending order of their inputs' mean square. Scales stay where they are, so no index of groups is
-                   needed: groups are visited by their largest column and columns inside a group in order, or, with
+    desc_act       columns in descending order of their inputs' mean square. Scales stay where they are, so no index of groups
+                   is needed: groups are visited by their largest column and columns inside a group in order, or, with
                    static_groups, columns in any order
     static_groups  fit every group's scales before the first column, on the weight as it was; else each on the updated weight
     search         how scales are fitted: "mse", weighted by the inputs' mean square, or "absmax"

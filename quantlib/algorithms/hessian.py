@@ -32,7 +32,8 @@ def inverse_factor(hessian: Tensor, percent: float, name: str) -> Tensor:
             continue
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not int(failed) and bool(torch.isfinite(upper).all()):
-            return upper
+            found: Tensor = upper
+            return found
     raise QuantlibError(
         f"{name}: the Hessian of its inputs has no Cholesky factor even with {percent + (ATTEMPTS - 1) * step:.0%} damping; "
         "calibrate with more text, or raise damp_percent"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,17 +76,17 @@ class InputStatistics:
 
     @property
     def hessian(self) -> Tensor:
-        """[K, K] fp32: 2 / tokens * sum x x^T, the second derivative of the mean squared output error by a row of the weight."""
+        """[K, K] fp32: 2 / tokens * sum x x^T, the second derivative of the mean squared output error by a weight's row."""
         if self.outer is None:
             raise QuantlibError("these statistics hold moments only; an algorithm with Hessians must ask for them")
         return self.outer * (2 / max(self.tokens, 1))
 
     def output_error(self, weight: Tensor, decoded: Tensor) -> float:
-        """||x (decoded - weight)^T|| / ||x weight^T|| over all tokens, for weights [N, K]. Without the outer product, as if inputs
-        were independent of each other."""
+        """||x (decoded - weight)^T|| / ||x weight^T|| over all tokens, for weights [N, K]. Without the outer product, as if
+        inputs were independent of each other."""
         weight = weight.detach().to(torch.float32)
         error, signal = self._energy(decoded.to(torch.float32) - weight), self._energy(weight)
-        return (error / signal) ** 0.5 if signal else error**0.5
+        return math.sqrt(error / signal if signal else error)
 
     def _energy(self, matrix: Tensor) -> float:
         if self.outer is None:

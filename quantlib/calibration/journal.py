@@ -3,8 +3,8 @@
     journal.json            what is being done: model, formats, algorithm, calibration tokens
     LAYER.safetensors       a layer's parts, written under another name, synced, renamed
 
-Layers are quantized in a fixed order from inputs that depend on the layers before alone, so that a run which takes those from the
-journal computes the same inputs again.
+Layers are quantized in a fixed order from inputs that depend on the layers before alone, so that a run which takes those from
+the journal computes the same inputs again.
 """
 
 from __future__ import annotations

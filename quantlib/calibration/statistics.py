@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Statistics(Mapping[str, InputStatistics]):
         """Write a directory; it appears whole or not at all."""
         shared = list({id(found): found for found in self._layers.values()}.values())
         number = {id(found): place for place, found in enumerate(shared)}
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for place, found in enumerate(shared):
             tensors |= {f"{place}.sum_abs": found.sum_abs, f"{place}.sum_sq": found.sum_sq}
             if found.outer is not None:
@@ -83,12 +84,12 @@ def calibrate(
 ) -> Statistics:
     """What the linear layers of a model read from sample text.
 
-    data      as `calibration_tokens` takes it, with `tokenizer`, `samples`, `length` and `seed`; or token windows [samples, length]
+    data      as `calibration_tokens` takes it, with `tokenizer`, `samples`, `length` and `seed`; or windows [samples, length]
     needs     "moments" (mean |x| and x^2) or "hessian" (x x^T too: K^2 floats for each input that layers share)
     layers    names of linear layers; default: all
 
-    One pass, block by block; the model is left as it was. In a process group of torch.distributed every process takes its share of
-    the samples and all return the same sums. Raises as `calibration_tokens`; ShapeError for ids outside the vocabulary;
+    One pass, block by block; the model is left as it was. In a process group of torch.distributed every process takes its share
+    of the samples and all return the same sums. Raises as `calibration_tokens`; ShapeError for ids outside the vocabulary;
     QuantlibError for NaN or infinite activations, naming the layer. A layer that the text never reaches has `tokens` zero.
     """
     tokens = data if isinstance(data, Tensor) and data.dim() == 2 else None
@@ -126,7 +127,7 @@ def _all_stages(model: nn.Module, segment: Segment, batches: int, need: Need) ->
             layer = model.get_submodule(stage[0])
             mine = _empty(layer, need)
             found.append(mine)
-            stack.enter_context(hooked(layer, lambda x, mine=mine, name=stage[0]: mine.add(x, name)))
+            stack.enter_context(hooked(layer, partial(mine.add, name=stage[0])))
         for batch in range(batches):
             segment.run(batch)
     return {name: summed(mine) for stage, mine in zip(segment.stages, found, strict=True) for name in stage}

@@ -32,8 +32,9 @@ def calibration_tokens(
 ) -> Tensor:
     """Token windows for calibration: int64 [samples, length], drawn at random starts, the same for the same seed.
 
-    data       None: the part of pydoc's topics that `quantlib demo` does not evaluate on (technical English, no network); a text
-               or several; "wikitext2", "c4" or "REPOSITORY:CONFIG:SPLIT:COLUMN", read by the library `datasets`; token ids [T]
+    data       None: the part of pydoc's topics that `quantlib demo` does not evaluate on (technical English, no network); one
+               text or several; "wikitext2", "c4" or "REPOSITORY:CONFIG:SPLIT:COLUMN", read by the library `datasets`; or token
+               ids [T]
     tokenizer  the model's own, called without special tokens; several texts are joined by its end-of-text token
 
     Never calibrate on what is evaluated: it flatters. Raises QuantlibError for data that is empty or shorter than one window, a

@@ -2,8 +2,8 @@
 
     tokens --model, stopped at the first block--> hidden states --block 0--> hidden states --block 1--> ...
 
-Only the block at hand has to be on the device. What else a block is given (rotary angles, masks) doesn't depend on the tokens and
-is taken from one whole run. A model without a chain of blocks is walked as one block that is run from the start each time.
+Only the block at hand has to be on the device. What else a block is given (rotary angles, masks) doesn't depend on the tokens
+and is taken from one whole run. A model without a chain of blocks is walked as one block that is run from the start each time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quantlib.errors import QuantlibError, ShapeError
 HIDDEN = "hidden_states"
 
 
-class _Stop(Exception):
+class _Stop(Exception):  # noqa: N818 it reports no error
     """Ends a forward pass whose rest is of no interest."""
 
 
@@ -164,7 +164,7 @@ class _Walk:
 
         with ExitStack() as stack:
             for number, (_, block) in enumerate(self.blocks):
-                block.forward = answer(number)  # type: ignore[method-assign]
+                block.forward = answer(number)
                 stack.callback(block.__dict__.pop, "forward")
             yield run
 
@@ -237,9 +237,7 @@ def _recordings(
     return found
 
 
-def _record(
-    model: nn.Module, batch: Tensor, names: Sequence[str], blocks: list[tuple[str, nn.Module]]
-) -> _Recording | None:
+def _record(model: nn.Module, batch: Tensor, names: Sequence[str], blocks: list[tuple[str, nn.Module]]) -> _Recording | None:
     """One whole run; None where `blocks` aren't a chain, each called once on what the one before gave."""
     recording = _Recording()
     state: dict[str, Any] = {"at": -1, "input": None, "output": None, "chain": True}
