@@ -31,6 +31,7 @@ LEVELS = {
     "nn": 4,
     "selection": 4,
     "report": 4,
+    "running": 4,
     "patch": 5,
     "explain": 5,
     "tuning": 5,

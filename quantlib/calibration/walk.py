@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlib.errors import QuantlibError, ShapeError
+from quantlib.running import call, evaluating, vocabulary_of
 
 HIDDEN = "hidden_states"
 
@@ -69,7 +70,7 @@ def walk(
     device  where blocks run and stay afterwards; default: where they lie
     """
     batches = list(tokens.split(batch_size))
-    with _evaluating(model):
+    with evaluating(model):
         blocks = _blocks(model, names)
         recorded = _recordings(model, batches, names, blocks)
         if recorded is None:
@@ -198,9 +199,8 @@ def check_tokens(model: nn.Module, tokens: Tensor) -> None:
     """Raise ShapeError for token ids that the model's embedding doesn't have, or for no tokens at all."""
     if tokens.dim() < 1 or tokens.numel() == 0:
         raise QuantlibError(f"calibration data is empty: {list(tokens.shape)}")
-    get = getattr(model, "get_input_embeddings", None)
-    size = getattr(get(), "num_embeddings", None) if callable(get) else None
-    if tokens.is_floating_point() or not isinstance(size, int):
+    size = vocabulary_of(model)
+    if tokens.is_floating_point() or size is None:
         return
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= size:
@@ -288,9 +288,7 @@ def _record(model: nn.Module, batch: Tensor, names: Sequence[str], blocks: list[
 
 @torch.no_grad()
 def _forward(model: nn.Module, batch: Tensor) -> Any:
-    extra = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    place = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    return model(batch.to(place), **extra)
+    return call(model, batch)
 
 
 @contextmanager
@@ -300,17 +298,6 @@ def _hook(module: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:
