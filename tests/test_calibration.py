@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import quantlib
 from quantlib.algorithms import GPTQ
+from quantlib.calibration.recording import _Recorder, find_blocks, record
 from quantlib.calibration.walk import walk
 from quantlib.testing import assert_same_bits
 from tests.models import held, llama
@@ -136,6 +137,26 @@ def test_each_layer_is_calibrated_behind_those_already_quantized() -> None:
     assert isinstance(layer, quantlib.QuantLinear)
     found = layer.qweight.to_layout("rows").parts["codes"]
     assert float((found == expected.parts["codes"]).double().mean()) > 0.99
+
+
+def test_shortcuts_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ends with a layer isn't run again; the same codes come out where it is."""
+    short, long = llama(), llama()
+    names = linear_names(short)
+    recorded = record(short, [tokens()], names, find_blocks(short, names))
+    assert recorded is not None
+    endings = recorded[9].endings
+    assert {name: ending.module for name, ending in endings.items() if ".0." in name} == {
+        "model.layers.0.self_attn.o_proj": "model.layers.0.self_attn",
+        "model.layers.0.mlp.down_proj": "model.layers.0.mlp",
+    }
+    options: dict[str, Any] = {"algorithm": "gptq", "calibration": tokens(), "progress": False}
+    quantlib.patch(short, "int4-g32", **options)
+    assert not any("forward" in module.__dict__ for module in short.modules())
+    monkeypatch.setattr(_Recorder, "_leaving", lambda self, name: lambda *arguments: None)
+    quantlib.patch(long, "int4-g32", **options)
+    for name, tensor in short.state_dict().items():
+        assert_same_bits(long.state_dict()[name], tensor)
 
 
 def test_calibrated_layers_answer_better() -> None:

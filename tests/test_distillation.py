@@ -35,7 +35,9 @@ def test_gradients_are_those_of_the_law(spec: str) -> None:
     blocks = units * (scale * factor)[..., None] - (minimum.double() + scale.abs() * shift)[..., None]
     weight = fmt.block.merge(blocks, n, k)
     (x.detach().double() @ weight.T).backward(dy.double())
-    assert factor.grad is not None and shift.grad is not None and tuned.factor.grad is not None
+    assert factor.grad is not None
+    assert shift.grad is not None
+    assert tuned.factor.grad is not None
     torch.testing.assert_close(tuned.factor.grad.double(), factor.grad, rtol=1e-3, atol=1e-3)
     if tuned.shift is not None:
         assert tuned.shift.grad is not None
@@ -49,7 +51,8 @@ def test_every_format_keeps_its_codes_and_never_gets_worse(spec: str) -> None:
     quantlib.patch(model, spec, progress=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     result = quantlib.tune_scales(model, original, tokens(10), held_out=2, progress=False)
-    assert len(result.losses) == 8 and result.after <= result.before
+    assert len(result.losses) == 8
+    assert result.after <= result.before
     assert result.kept == (result.after < result.before)
     after = model.state_dict()
     assert list(after) == list(before)

@@ -111,12 +111,23 @@ def calibrate(
 
 
 def stage_statistics(model: nn.Module, segment: Segment, stage: tuple[str, ...], batches: int, need: Need) -> InputStatistics:
-    """Statistics of the input that a stage's layers share; what lies behind them in the segment isn't run."""
+    """Statistics of the input that a stage's layers share; what lies behind them in the segment isn't run, and what led to them
+    isn't run again where the segment has a shortcut."""
     layer = model.get_submodule(stage[0])
     found = _empty(layer, need)
-    with hooked(layer, lambda x: found.add(x, stage[0]), stop=True):
+    shortcut = segment.shortcuts.get(stage[0])
+    kept: list[Tensor] = []
+
+    def take(x: Tensor) -> None:
+        found.add(x, stage[0])
+        if shortcut is not None:
+            kept.append(x if segment.home is None else x.to(segment.home))
+
+    with hooked(layer, take, stop=True):
         for batch in range(batches):
             segment.run(batch)
+    if shortcut is not None:
+        shortcut(kept)
     return summed(found)
 
 

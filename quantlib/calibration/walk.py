@@ -8,7 +8,7 @@ and is taken from one whole run. A model without a chain of blocks is walked as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantlib.calibration.recording import HIDDEN, Ending, Recording, find_blocks, hook_before, record
 from quantlib.errors import QuantlibError, ShapeError
 from quantlib.running import call, evaluating, vocabulary_of
-
-HIDDEN = "hidden_states"
 
 
 class _Stop(Exception):  # noqa: N818 it reports no error
@@ -31,33 +30,20 @@ class _Stop(Exception):  # noqa: N818 it reports no error
 class Segment:
     """A part of the model that can be run by itself over every batch.
 
-    name     of the block; "" for what lies outside blocks
-    stages   names of linear layers that read one and the same input, in the order of their calls
-    run      runs it over batch number i
+    name       of the block; "" for what lies outside blocks
+    stages     names of linear layers that read one and the same input, in the order of their calls
+    run        runs it over batch number i
+    shortcuts  for a layer that a module inside the segment ends with: told all that the layer reads, [batches], later runs
+               don't compute it again, but let the module answer with the layer's answer to it
+    home       where such inputs are kept; None: where they are
     """
 
     name: str
     module: nn.Module
     stages: list[tuple[str, ...]]
     run: Callable[[int], Any]
-
-
-@dataclass
-class _Call:
-    """What a block was given besides hidden states; whether it takes them by name, and answers with a tuple."""
-
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-    by_name: bool
-    in_tuple: bool = False
-
-
-@dataclass
-class _Recording:
-    """One whole run: calls of blocks, and linear layers in the order of their calls, by the block that they ran in."""
-
-    calls: list[_Call] = field(default_factory=list)
-    stages: dict[int, list[list[str]]] = field(default_factory=dict)
+    shortcuts: Mapping[str, Callable[[list[Tensor]], None]] = field(default_factory=dict)
+    home: torch.device | None = None
 
 
 def walk(
@@ -71,15 +57,13 @@ def walk(
     """
     batches = list(tokens.split(batch_size))
     with evaluating(model):
-        blocks = _blocks(model, names)
-        recorded = _recordings(model, batches, names, blocks)
+        blocks = find_blocks(model, names)
+        recorded = record(model, batches, names, blocks)
         if recorded is None:
             blocks = []
-            recorded = _recordings(model, batches, names, blocks)
+            recorded = record(model, batches, names, blocks)
         assert recorded is not None
-        stages = recorded[len(batches[0])].stages
-        calls = {size: recording.calls for size, recording in recorded.items()}
-        yield from _Walk(model, batches, blocks, calls, stages, device).segments()
+        yield from _Walk(model, batches, blocks, recorded, device).segments()
 
 
 class _Walk:
@@ -88,13 +72,16 @@ class _Walk:
         model: nn.Module,
         batches: list[Tensor],
         blocks: list[tuple[str, nn.Module]],
-        calls: dict[int, list[_Call]],
-        stages: dict[int, list[list[str]]],
+        recorded: dict[int, Recording],
         device: torch.device | str | None,
     ) -> None:
-        self.model, self.batches, self.blocks, self.calls, self.device = model, batches, blocks, calls, device
-        self.stages = {at: [tuple(stage) for stage in found] for at, found in stages.items()}
+        self.model, self.batches, self.blocks, self.device = model, batches, blocks, device
+        self.calls = {size: recording.calls for size, recording in recorded.items()}
+        first = recorded[len(batches[0])]
+        self.stages = {at: [tuple(stage) for stage in found] for at, found in first.stages.items()}
+        self.endings = first.endings
         self.hidden: list[Tensor] = []
+        self.batch = 0  # the one that is being run
 
     def segments(self) -> Iterator[Segment]:
         if not self.blocks:
@@ -107,15 +94,32 @@ class _Walk:
         for number, (name, block) in enumerate(self.blocks):
             if self.device is not None:
                 block.to(self.device)
-            if number in self.stages:
-                yield Segment(name, block, self.stages[number], _guarded(partial(self._run, number)))
-            if number < last:
-                for batch in range(len(self.batches)):
+            with ExitStack() as shortcuts:
+                if number in self.stages:
+                    yield self._segment(number, name, block, shortcuts)
+                for batch in range(len(self.batches) if number < last else 0):
                     found = self._run(number, batch)
                     self.hidden[batch] = found[0] if isinstance(found, tuple) else found
         if len(self.blocks) in self.stages:
             with self._skipped_blocks() as whole:
                 yield Segment("", self.model, self.stages[len(self.blocks)], _guarded(whole))
+
+    def _segment(self, number: int, name: str, block: nn.Module, shortcuts: ExitStack) -> Segment:
+        stages = self.stages[number]
+        closing = {stage[0]: self.endings[stage[0]] for stage in stages if len(stage) == 1 and stage[0] in self.endings}
+        known = {layer: partial(self._shorten, layer, ending, shortcuts) for layer, ending in closing.items()}
+        home = None if self.device is None else self.hidden[0].device
+        return Segment(name, block, stages, _guarded(partial(self._run, number)), known, home)
+
+    def _shorten(self, layer: str, ending: Ending, shortcuts: ExitStack, inputs: list[Tensor]) -> None:
+        module = self.model.get_submodule(ending.module)
+
+        def forward(*arguments: Any, **keywords: Any) -> Any:
+            x = inputs[self.batch] if self.device is None else inputs[self.batch].to(self.device)
+            return ending.answer(self.model.get_submodule(layer)(x))
+
+        module.forward = forward
+        shortcuts.callback(module.__dict__.pop, "forward")
 
     def _whole(self, batch: int) -> Any:
         return _forward(self.model, self.batches[batch])
@@ -128,12 +132,13 @@ class _Walk:
             kept.append(arguments[0] if arguments else keywords[HIDDEN])
             raise _Stop
 
-        with _hook(self.blocks[0][1], take):
+        with hook_before(self.blocks[0][1], take):
             _guarded(self._whole)(batch)
         return kept[0] if kept else torch.empty(0)
 
     @torch.no_grad()
     def _run(self, number: int, batch: int) -> Any:
+        self.batch = batch
         hidden = self.hidden[batch]
         call = self.calls[len(self.batches[batch])][number]
         arguments, keywords = call.arguments, call.keywords
@@ -149,18 +154,17 @@ class _Walk:
     @contextmanager
     def _skipped_blocks(self) -> Iterator[Callable[[int], Any]]:
         """The whole model with blocks that hand on what is known already."""
-        at = {"batch": 0}
 
         def answer(number: int) -> Callable[..., Any]:
             def forward(*arguments: Any, **keywords: Any) -> Any:
-                hidden = self.hidden[at["batch"]]
-                in_tuple = self.calls[len(self.batches[at["batch"]])][number].in_tuple
+                hidden = self.hidden[self.batch]
+                in_tuple = self.calls[len(self.batches[self.batch])][number].in_tuple
                 return (hidden,) if in_tuple else hidden
 
             return forward
 
         def run(batch: int) -> Any:
-            at["batch"] = batch
+            self.batch = batch
             return _forward(self.model, self.batches[batch])
 
         with ExitStack() as stack:
@@ -191,7 +195,7 @@ def hooked(layer: nn.Module, take: Callable[[Tensor], None], stop: bool = False)
         if stop:
             raise _Stop
 
-    with _hook(layer, hook):
+    with hook_before(layer, hook):
         yield
 
 
@@ -210,94 +214,9 @@ def check_tokens(model: nn.Module, tokens: Tensor) -> None:
         )
 
 
-def _blocks(model: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module]]:
-    """The list of blocks that holds most of the layers, the outermost where several hold as many."""
-    best: list[tuple[str, nn.Module]] = []
-    most = 0
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) < 2:
-            continue
-        inside = sum(name.startswith(f"{path}.") for name in names)
-        if inside > most:
-            best, most = [(f"{path}.{key}", block) for key, block in module.named_children()], inside
-    return best
-
-
-def _recordings(
-    model: nn.Module, batches: list[Tensor], names: Sequence[str], blocks: list[tuple[str, nn.Module]]
-) -> dict[int, _Recording] | None:
-    """One run for every size of a batch (masks and positions may follow it); None where `blocks` aren't a chain."""
-    found = {}
-    for size in dict.fromkeys(len(batch) for batch in batches):
-        batch = next(batch for batch in batches if len(batch) == size)
-        recording = _record(model, batch, names, blocks)
-        if recording is None:
-            return None
-        found[size] = recording
-    return found
-
-
-def _record(model: nn.Module, batch: Tensor, names: Sequence[str], blocks: list[tuple[str, nn.Module]]) -> _Recording | None:
-    """One whole run; None where `blocks` aren't a chain, each called once on what the one before gave."""
-    recording = _Recording()
-    state: dict[str, Any] = {"at": -1, "input": None, "output": None, "chain": True}
-
-    def enter(number: int) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            by_name = not arguments
-            hidden = keywords.get(HIDDEN) if by_name else arguments[0]
-            expected = state["output"]
-            state["chain"] &= number == len(recording.calls) and (number == 0 or hidden is expected)
-            others = {key: value for key, value in keywords.items() if not (by_name and key == HIDDEN)}
-            recording.calls.append(_Call(arguments[1:], others, by_name))
-            state["at"], state["output"] = number, None
-
-        return hook
-
-    def leave(module: nn.Module, arguments: Any, output: Any) -> None:
-        in_tuple = isinstance(output, tuple)
-        recording.calls[-1].in_tuple = in_tuple
-        state["output"] = output[0] if in_tuple else output
-        if len(recording.calls) == len(blocks):
-            state["at"] = len(blocks)
-
-    def called(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            read = arguments[0] if arguments else keywords["input"]
-            stages = recording.stages.setdefault(state["at"], [])
-            seen = any(name in stage for found in recording.stages.values() for stage in found)
-            if stages and read is state["input"] and not seen:
-                stages[-1].append(name)
-            elif not seen:
-                stages.append([name])
-            state["input"] = read
-
-        return hook
-
-    with ExitStack() as stack:
-        for number, (_, block) in enumerate(blocks):
-            stack.enter_context(_hook(block, enter(number)))
-            handle = block.register_forward_hook(leave)
-            stack.callback(handle.remove)
-        for name in names:
-            stack.enter_context(_hook(model.get_submodule(name), called(name)))
-        _forward(model, batch)
-    complete = state["chain"] and len(recording.calls) == len(blocks)
-    return recording if complete else None
-
-
 @torch.no_grad()
 def _forward(model: nn.Module, batch: Tensor) -> Any:
     return call(model, batch)
-
-
-@contextmanager
-def _hook(module: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:
