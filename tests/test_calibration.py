@@ -185,6 +185,36 @@ def test_layers_that_no_token_reaches_are_rounded_and_reported() -> None:
     assert by_name["head"].output_error is not None
 
 
+SHARE = """
+import sys, torch, quantlib
+from tests.models import llama
+from tests.test_calibration import tokens
+rank, where, results = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", init_method=f"file://{where}", rank=rank, world_size=2)
+model = llama()
+statistics = quantlib.calibrate(model, tokens(9), needs="hessian", progress=False)
+quantlib.patch(model, "int4-g32", algorithm="gptq", calibration=tokens(9), progress=False)
+facts = {name: (found.tokens, found.outer) for name, found in statistics.items()}
+torch.save((facts, model.state_dict()), f"{results}/{rank}.pt")
+"""
+
+
+def test_processes_share_the_samples_and_agree(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SHARE]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    where = [str(tmp_path / "meeting"), str(tmp_path)]
+    running = [subprocess.Popen([*command, str(rank), *where], cwd=ROOT, env=environment) for rank in range(2)]
+    assert [process.wait() for process in running] == [0, 0]
+    (facts, first), (_, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, tensor in first.items():
+        assert_same_bits(second[name], tensor)
+    alone = quantlib.calibrate(llama(), tokens(9), needs="hessian", progress=False)
+    for name, (count, outer) in facts.items():
+        assert count == alone[name].tokens
+        torch.testing.assert_close(outer, alone[name].outer, rtol=1e-4, atol=1e-4)
+
+
 # bad data
 
 
