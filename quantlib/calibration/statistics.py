@@ -141,7 +141,8 @@ def _all_stages(model: nn.Module, segment: Segment, batches: int, need: Need) ->
             stack.enter_context(hooked(layer, partial(mine.add, name=stage[0])))
         for batch in range(batches):
             segment.run(batch)
-    return {name: summed(mine) for stage, mine in zip(segment.stages, found, strict=True) for name in stage}
+    totals = [summed(mine) for mine in found]
+    return {name: total for stage, total in zip(segment.stages, totals, strict=True) for name in stage}
 
 
 def _empty(layer: nn.Module, need: Need) -> InputStatistics:
