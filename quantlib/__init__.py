@@ -8,6 +8,7 @@ Importing has no side effects and takes no GPU memory.
 
 from quantlib import kernels as _kernels
 from quantlib.algorithms import quantize
+from quantlib.calibration import ScaleTuning, Statistics, calibrate, calibration_tokens, tune_scales
 from quantlib.devices import devices
 from quantlib.errors import CheckpointError, FormatError, KernelError, QuantlibError, ShapeError
 from quantlib.evaluation import Evaluation, evaluate
@@ -38,7 +39,11 @@ __all__ = [
     "QuantizedExperts",
     "QuantizedTensor",
     "QuantlibError",
+    "ScaleTuning",
     "ShapeError",
+    "Statistics",
+    "calibrate",
+    "calibration_tokens",
     "devices",
     "evaluate",
     "explain",
@@ -50,5 +55,6 @@ __all__ = [
     "patch",
     "quantize",
     "save",
+    "tune_scales",
     "unpatch",
 ]

@@ -5,16 +5,20 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quantlib import dispatch
-from quantlib.algorithms import Algorithm, get_algorithm, validate_weight
-from quantlib.errors import KernelError, QuantlibError
+from quantlib.algorithms import Algorithm, InputStatistics, get_algorithm, validate_weight
+from quantlib.calibration.journal import Journal, digest_model, digest_tensor
+from quantlib.calibration.sequential import Quantized, quantize_in_sequence
+from quantlib.calibration.statistics import Statistics
+from quantlib.errors import KernelError, QuantlibError, ShapeError
 from quantlib.formats import get_format
 from quantlib.formats.base import Format
 from quantlib.kernels import get_kernel
@@ -30,10 +34,11 @@ def patch(
     *,
     skip: Iterable[str] = DEFAULT_SKIP,
     algorithm: str | Algorithm = "rtn",
-    calibration: None = None,
+    calibration: Tensor | Statistics | None = None,
     activations: str | None = "auto",
     device: torch.device | str | None = None,
     kernel: str | None = None,
+    journal: str | Path | None = None,
     progress: bool = True,
 ) -> PatchReport:
     """Quantize a model's linear layers in place.
@@ -41,11 +46,14 @@ def patch(
     spec         a spec string or Format for all layers, or {pattern: spec}: globs over the full name, "re:..." or a plain layer
                  name; the first match wins, None leaves a layer as it is
     skip         patterns of layers to leave (default: the output head)
-    algorithm    a name ("rtn", "rtn-mse") or an object that chooses scales and codes
-    calibration  for algorithms that need data; none of the present ones does
+    algorithm    a name ("rtn", "gptq") or an object that chooses scales and codes, `GPTQ(damp_percent=0.02)`
+    calibration  for algorithms that need data: token windows [samples, length] (see `calibration_tokens`), with which each
+                 layer is calibrated behind the layers quantized before; or what `calibrate` returned
     activations  None (weights only), a format that the inputs are rounded to, or "auto": what the device computes best in
     device       where to quantize and leave the model; default: where each weight lies
     kernel       force one kernel for every layer
+    journal      with calibration tokens: a directory that keeps each layer as it is done; the same call on the same model goes
+                 on where an earlier one was killed, and ends with the same bits
 
     Peak memory is the model and about one layer. Everything that can be known beforehand (names, formats, values, kernel) is
     checked before the first layer is touched. Raises QuantlibError; FormatError and ShapeError name the layer. An interrupt in
@@ -54,20 +62,19 @@ def patch(
     started = time.perf_counter()
     chosen = _plan(model, spec, skip)
     method = get_algorithm(algorithm)
-    if calibration is not None:
-        raise QuantlibError(f"algorithm {method.name!r} takes no calibration data")
+    _check_calibration(method, calibration, journal)
     resolved = _resolve_activations(activations)
     _validate(model, chosen, device, kernel, resolved)
     skipped = tuple(name for name in linear_layers(model) if name not in chosen)
     rows: list[LayerReport] = []
     try:
-        with _progress(chosen, progress) as names:
-            for name in names:
-                rows.append(_patch_layer(model, name, chosen[name], method, resolved, device, kernel))  # noqa: PERF401
+        with _progress(len(chosen), progress) as (watch, advance):
+            for found in _quantized(model, chosen, method, calibration, device, journal, watch):
+                rows.append(_install(model, found, resolved, device, kernel))
+                advance()
     except BaseException as error:
-        error.add_note(
-            f"quantlib.patch stopped after {len(rows)} of {len(chosen)} layers; reload the model before patching again"
-        )
+        rest = "call again with the same journal" if journal is not None else "reload the model before patching again"
+        error.add_note(f"quantlib.patch stopped after {len(rows)} of {len(chosen)} layers; {rest}")
         raise
     if device is not None:
         model.to(device)
@@ -134,39 +141,105 @@ def _check_kernel(
         raise KernelError(f"{name}: kernel {kernel!r} can't run {fmt} {list(shape)}: {refusal}")
 
 
-def _patch_layer(
+def _check_calibration(
+    method: Algorithm, calibration: Tensor | Statistics | None, journal: str | Path | None
+) -> None:  # fmt: skip
+    if calibration is None and method.needs != "nothing":
+        raise QuantlibError(
+            f"algorithm {method.name!r} needs calibration data: pass "
+            "calibration=quantlib.calibration_tokens(tokenizer=tokenizer), or token windows of your own"
+        )
+    if calibration is not None and method.needs == "nothing":
+        raise QuantlibError(f"algorithm {method.name!r} takes no calibration data")
+    if isinstance(calibration, Tensor) and (calibration.dim() != 2 or calibration.is_floating_point()):
+        found = f"{calibration.dtype} {list(calibration.shape)}"
+        raise ShapeError(f"calibration takes token windows, integers [samples, length], found {found}")
+    if journal is not None and not isinstance(calibration, Tensor):
+        raise QuantlibError("a journal belongs to a run over calibration tokens; drop journal=, or pass calibration=tokens")
+
+
+def _quantized(
     model: nn.Module,
-    name: str,
-    fmt: Format,
+    chosen: dict[str, Format],
     method: Algorithm,
+    calibration: Tensor | Statistics | None,
+    device: torch.device | str | None,
+    journal: str | Path | None,
+    watch: Callable[[str], None],
+) -> Iterator[Quantized]:
+    """Every chosen layer's packed weight; the next one is made when the last is in its place."""
+    if isinstance(calibration, Tensor):
+        kept = None if journal is None else Journal(journal, _identity(model, chosen, method, calibration))
+        yield from quantize_in_sequence(model, chosen, method, calibration, device=device, journal=kept, watch=watch)
+        return
+    for name, fmt in chosen.items():
+        watch(name)
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        source = weight.detach() if device is None else weight.detach().to(device)
+        inputs = None if calibration is None else calibration.get(name)
+        yield Quantized(name, method.quantize(source, fmt, inputs, name), method.name, inputs)
+
+
+def _identity(model: nn.Module, chosen: dict[str, Format], method: Algorithm, tokens: Tensor) -> dict[str, Any]:
+    return {
+        "model": digest_model(model),
+        "formats": {name: fmt.name for name, fmt in chosen.items()},
+        "algorithm": repr(method),
+        "tokens": digest_tensor(tokens),
+        "samples": list(tokens.shape),
+    }
+
+
+def _install(
+    model: nn.Module,
+    found: Quantized,
     activations: str | None,
     device: torch.device | str | None,
     kernel: str | None,
 ) -> LayerReport:
+    name, weight = found.name, found.weight
     old = model.get_submodule(name)
     assert isinstance(old, nn.Linear)
     source = old.weight.detach() if device is None else old.weight.detach().to(device)
-    weight = method.quantize(source, fmt, name=name)
-    error = weight_error(source, weight)
+    if weight.device != source.device:
+        weight = weight.to(source.device)
+    error, output_error = _errors(source, weight, found.inputs)
     new = QuantLinear.from_quantized(weight, old.bias, old.weight.dtype, activations, kernel).train(old.training).prepare()
     _take_hooks(old, new)
     replace_module(model, old, new)
     return LayerReport(
         name=name,
         shape=weight.shape,
-        format=fmt.name,
+        format=weight.format.name,
         bits_per_weight=weight.bits_per_weight,
         nbytes=weight.nbytes,
         original_nbytes=source.numel() * old.weight.element_size(),
         error=error,
         activations=activations,
         kernels=_kernels(new),
+        algorithm=found.algorithm,
+        output_error=output_error,
     )
+
+
+def _errors(weight: Tensor, quantized: QuantizedTensor, inputs: InputStatistics | None) -> tuple[float, float | None]:
+    """The weight's relative error, and the output's where something is known of the inputs."""
+    if inputs is None or inputs.tokens == 0:
+        return weight_error(weight, quantized), None
+    decoded = dispatch.run("dequantize", torch.empty(0, device=weight.device), quantized)
+    output_error = inputs.output_error(weight, decoded)
+    return _relative(weight, decoded), output_error
 
 
 def weight_error(weight: torch.Tensor, quantized: QuantizedTensor) -> float:
     """||decoded - weight|| / ||weight||; 0 for a zero weight that stays zero. Decodes by the device's own kernel."""
     decoded = dispatch.run("dequantize", torch.empty(0, device=weight.device), quantized)
+    return _relative(weight, decoded)
+
+
+def _relative(weight: torch.Tensor, decoded: torch.Tensor) -> float:
+    """Overwrites `decoded`."""
     norm, difference = _norm(weight), _norm(decoded.sub_(weight))
     return difference / norm if norm else difference
 
@@ -195,11 +268,10 @@ def _take_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 @contextmanager
-def _progress(names: Iterable[str], shown: bool) -> Iterator[Iterator[str]]:
-    """The names, with a rich progress bar that shows the present one and the time left."""
-    names = list(names)
+def _progress(count: int, shown: bool) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
+    """(say what is being done, say that a layer is done), on a rich progress bar with the time left."""
     if not shown:
-        yield iter(names)
+        yield (lambda text: None), (lambda: None)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -211,16 +283,9 @@ def _progress(names: Iterable[str], shown: bool) -> Iterator[Iterator[str]]:
         TextColumn("{task.description}"),
     )
     with Progress(*columns) as bar:
-        task = bar.add_task("", total=len(names))
-
-        def walk() -> Iterator[str]:
-            for name in names:
-                bar.update(task, description=name)
-                yield name
-                bar.advance(task)
-            bar.update(task, description="done")
-
-        yield walk()
+        task = bar.add_task("", total=count)
+        yield (lambda text: bar.update(task, description=text)), (lambda: bar.advance(task))
+        bar.update(task, description="done")
 
 
 def unpatch(model: nn.Module) -> list[str]:

@@ -11,7 +11,13 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One quantized layer. error: ||decoded - weight|| / ||weight||. kernels: rows of x -> the kernel that will run."""
+    """One quantized layer.
+
+    error         ||decoded - weight|| / ||weight||
+    output_error  ||x (decoded - weight)^T|| / ||x weight^T|| over the calibration tokens; None without them
+    algorithm     what chose its codes: not the one asked for, where no calibration token reached the layer
+    kernels       rows of x -> the kernel that will run
+    """
 
     name: str
     shape: tuple[int, int]
@@ -22,6 +28,8 @@ class LayerReport:
     error: float
     activations: str | None
     kernels: dict[int, str]
+    algorithm: str = "rtn"
+    output_error: float | None = None
 
 
 @dataclass(frozen=True)

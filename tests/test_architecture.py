@@ -31,11 +31,13 @@ LEVELS = {
     "nn": 4,
     "selection": 4,
     "report": 4,
+    "running": 4,
     "patch": 5,
     "explain": 5,
     "tuning": 5,
     "serialization": 5,
     "evaluation": 5,
+    "calibration": 5,
     "integrations": 6,
     "cli": 6,
     "__main__": 6,
@@ -52,6 +54,8 @@ SAME_LEVEL = {
     ("layouts", "devices"),
     ("formats", "errors"),
     ("cli", "integrations"),
+    ("calibration", "evaluation"),
+    ("patch", "calibration"),
 }
 SAME_LEVEL |= {("__main__", "cli")}
 

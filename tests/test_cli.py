@@ -174,6 +174,80 @@ def test_quantize_refuses_before_it_loads(run, saved: Path, tmp_path: Path, monk
     assert not target.exists()
 
 
+def test_quantize_calibrates_and_goes_on(run, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from quantlib.calibration import journal
+
+    text, target = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("Pack my box with five dozen liquor jugs. " * 9)
+    command = [
+        "quantize",
+        saved,
+        "-s",
+        "int4-g32",
+        "--algorithm",
+        "gptq",
+        "--calibration",
+        text,
+        "--samples",
+        8,
+        "--length",
+        24,
+    ]
+    command += ["--seed", 5, "-o", target]
+    refused(run(*command, "--resume"), "there is no", "out.journal to go on with")
+    real, written = journal.save_file, []
+
+    def full(*arguments: object, **keywords: object) -> None:
+        written.append(arguments)
+        if len(written) == 5:
+            raise OSError(28, "No space left on device")
+        real(*arguments, **keywords)
+
+    monkeypatch.setattr(journal, "save_file", full)
+    refused(run(*command), "No space left on device")
+    assert not target.exists()
+    refused(run(*command), "holds what an interrupted run had done", "--resume")
+    result = run(*command, "--resume")
+    assert result.code == 0, result.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt"]
+
+    expected = AutoModelForCausalLM.from_pretrained(saved)
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    tokens = quantlib.calibration_tokens(text.read_text(), tokenizer, samples=8, length=24, seed=5)
+    quantlib.patch(expected, "int4-g32", algorithm="gptq", calibration=tokens, progress=False)
+    ids = torch.arange(24)[None]
+    assert torch.equal(quantlib.load(target)(ids).logits, expected(ids).logits)
+
+
+def test_sample_text_is_refused_where_nothing_reads_it(run, saved: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    command = ["quantize", saved, "-s", "nf4", "-o", tmp_path / "out"]
+    refused(run(*command, "--calibration", "c4"), "'rtn' takes no sample text")
+    refused(run(*command, "--resume"), "keeps no journal")
+    refused(
+        run(*command, "--algorithm", "gptq", "--calibration", tmp_path / "none.txt"), "no such file, and no data set's name"
+    )
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\xff")
+    refused(run(*command, "--algorithm", "gptq", "--calibration", tmp_path / "image.png"), "can't be read as UTF-8 text")
+    assert not (tmp_path / "out").exists()
+
+
+def test_eval_keeps_calibration_and_evaluation_apart(run, saved: Path) -> None:  # type: ignore[no-untyped-def]
+    from quantlib.evaluation import default_text, make_windows
+
+    arguments = ["eval", saved, "--spec", "nf4", "--window", 64, "--windows", 2, "--json"]
+    calibrated = ["--algorithm", "gptq", "--samples", 4, "--length", 24]
+    plain, gptq = (json.loads(run(*arguments, *more).out) for more in ([], calibrated))
+    names = [name for name in gptq if "gptq" in name]
+    assert len(names) == 1
+    assert "nf4" in names[0]
+    text = [ord(letter) % VOCABULARY for letter in default_text("evaluation")]
+    assert gptq[names[0]]["digest"] == make_windows(text, window=64, windows=2).digest == next(iter(plain.values()))["digest"]
+    too_many = run("eval", saved, "--spec", "nf4", "--window", 64, "--windows", len(text) // 64 + 1, *calibrated)
+    refused(too_many, "tokens are too few")
+
+
 def test_a_refused_layer_leaves_nothing_on_disk(run, saved: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     refused(run("quantize", saved, "-s", "*.nothing=nf4", "-o", tmp_path / "out"), "*.nothing", "matches none")
     refused(run("quantize", tmp_path / "absent", "-s", "nf4", "-o", tmp_path / "out"), "can't be loaded")

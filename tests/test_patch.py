@@ -182,9 +182,10 @@ def test_meta_weights_and_bare_layers_are_refused() -> None:
 def test_an_interrupt_says_how_far_it_came() -> None:
     class Interrupted:
         name = "interrupted"
+        needs = "nothing"
         calls = 0
 
-        def quantize(self, weight: torch.Tensor, fmt: quantlib.Format, importance: object = None, name: str = "") -> object:
+        def quantize(self, weight: torch.Tensor, fmt: quantlib.Format, inputs: object = None, name: str = "") -> object:
             self.calls += 1
             if self.calls == 2:
                 raise KeyboardInterrupt

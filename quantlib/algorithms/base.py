@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from quantlib.algorithms.statistics import InputStatistics, Need
 from quantlib.errors import QuantlibError, ShapeError
 from quantlib.formats.base import Format, extremes
 from quantlib.tensor import QuantizedTensor
@@ -16,13 +17,21 @@ from quantlib.tensor import QuantizedTensor
 
 @runtime_checkable
 class Algorithm(Protocol):
-    """Chooses scales and codes for one weight."""
+    """Chooses scales and codes for one weight. `needs`: what it must know of the layer's inputs."""
 
     @property
     def name(self) -> str: ...
 
-    def quantize(self, weight: Tensor, fmt: Format, importance: Tensor | None = None, name: str = "weight") -> QuantizedTensor:
-        """weight [N, K], any float dtype -> its packed form in the rows layout."""
+    @property
+    def needs(self) -> Need: ...
+
+    def quantize(
+        self, weight: Tensor, fmt: Format, inputs: InputStatistics | None = None, name: str = "weight"
+    ) -> QuantizedTensor:
+        """weight [N, K], any float dtype -> its packed form in the rows layout.
+
+        Raises QuantlibError where `inputs` lack what the algorithm needs.
+        """
         ...
 
 
@@ -67,3 +76,12 @@ def validate_weight(weight: Tensor, fmt: Format, name: str = "weight") -> None:
         fmt.scale.fit_shared(torch.tensor(max(-low, high), dtype=torch.float32), fmt.codec.divisor)
     except QuantlibError as error:
         raise type(error)(f"{name}: {error}") from None
+
+
+def require_inputs(inputs: InputStatistics | None, weight: Tensor, name: str, algorithm: str) -> InputStatistics:
+    """The statistics, checked against weight [N, K]. Raises QuantlibError or ShapeError in words."""
+    if inputs is None or inputs.tokens == 0:
+        raise QuantlibError(f"{name}: {algorithm} needs calibration data, and this layer has seen none; pass calibration=")
+    if inputs.columns != weight.shape[1]:
+        raise ShapeError(f"{name}: statistics of {inputs.columns} inputs don't fit a weight {list(weight.shape)}")
+    return inputs

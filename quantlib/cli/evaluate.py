@@ -8,6 +8,17 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from quantlib.cli.calibration import (
+    ALGORITHM_HELP,
+    LENGTH,
+    SAMPLES,
+    Calibration,
+    Length,
+    Samples,
+    Seed,
+    check_calibration,
+    read_calibration,
+)
 from quantlib.cli.console import note, out
 from quantlib.cli.models import MODEL_HELP, Loaded, check_dtype, load_model
 from quantlib.cli.quantize import parse_specs
@@ -27,14 +38,22 @@ def evaluate(
     reference: Annotated[
         str | None, typer.Option(help="Compare with this model: the original of a quantized checkpoint.")
     ] = None,
-    algorithm: Annotated[str, typer.Option(help="With --spec: 'rtn', 'rtn-mse'.")] = "rtn",
+    algorithm: Annotated[str, typer.Option(help=f"With --spec. {ALGORITHM_HELP}")] = "rtn",
+    calibration: Calibration = None,
+    samples: Samples = SAMPLES,
+    length: Length = LENGTH,
+    seed: Seed = 0,
     protocol: Annotated[
         str, typer.Option(help="A: every position of disjoint windows. B: llama.cpp's, the second half of each.")
     ] = "A",
     window: Annotated[int | None, typer.Option(help="Tokens per window. Default: 2048 (A), 512 (B).")] = None,
     windows: Annotated[int | None, typer.Option(help="Score only the first so many windows.")] = None,
     text: Annotated[
-        Path | None, typer.Option(help="A UTF-8 text file. Default: pydoc's topics, which every Python has.")
+        Path | None,
+        typer.Option(
+            help="A UTF-8 text file. Default: pydoc's topics, which every Python has; their first quarter, where the rest "
+            "calibrates."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Load in this dtype: auto, float32, bfloat16, float16.")] = "auto",
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.")] = "cpu",
@@ -48,9 +67,10 @@ def evaluate(
     if spec and reference is not None:
         raise QuantlibError("--spec compares with the unquantized model already; drop it or --reference")
     formats = parse_specs(spec) if spec else None
-    get_algorithm(algorithm)
+    method = get_algorithm(algorithm)
+    check_calibration(method, calibration)
     check_dtype(dtype)
-    content = _read(text)
+    content = _read(text, calibrated=formats is not None and method.needs != "nothing")
     loaded = load_model(model, dtype, device)
     cut = evaluation.make_windows(
         content, _need_tokenizer(loaded, model), protocol=cast(Any, protocol), window=window, windows=windows
@@ -60,7 +80,9 @@ def evaluate(
         results = {model: evaluation.evaluate(loaded.model, cut, reference=other)}
     else:
         with evaluation.capture_reference(loaded.model, cut) as original:
-            patch(loaded.model, formats, algorithm=algorithm, progress=out.is_terminal and not as_json)
+            tokens = read_calibration(method, loaded.tokenizer, calibration, samples, length, seed)
+            shown = out.is_terminal and not as_json
+            patch(loaded.model, formats, algorithm=method, calibration=tokens, progress=shown)
             quantized = evaluation.evaluate(loaded.model, cut, reference=original)
         assert original.evaluation is not None
         results = {model: original.evaluation, f"{model} {' '.join(spec or ())} ({algorithm})": quantized}
@@ -74,11 +96,11 @@ def evaluate(
         note(loaded.caveat)
 
 
-def _read(text: Path | None) -> str:
+def _read(text: Path | None, calibrated: bool) -> str:
     from quantlib.evaluation import default_text
 
     if text is None:
-        return default_text()
+        return default_text("evaluation" if calibrated else "all")
     try:
         return text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from quantlib.cli.calibration import (
+    ALGORITHM_HELP,
+    LENGTH,
+    SAMPLES,
+    Calibration,
+    Length,
+    Samples,
+    Seed,
+    check_calibration,
+    read_calibration,
+)
 from quantlib.cli.console import note, out
 from quantlib.cli.models import MODEL_HELP, check_dtype, load_model
 from quantlib.errors import CheckpointError, QuantlibError
@@ -24,7 +36,12 @@ def quantize(
         ),
     ],
     skip: Annotated[list[str] | None, typer.Option(help="Leave layers that match. Default: lm_head.")] = None,
-    algorithm: Annotated[str, typer.Option(help="How scales and codes are chosen: 'rtn', 'rtn-mse'.")] = "rtn",
+    algorithm: Annotated[str, typer.Option(help=ALGORITHM_HELP)] = "rtn",
+    calibration: Calibration = None,
+    samples: Samples = SAMPLES,
+    length: Length = LENGTH,
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option(help="Go on with an interrupted run from its journal, OUTPUT.journal.")] = False,
     dtype: Annotated[str, typer.Option(help="Load in this dtype: auto, float32, bfloat16, float16.")] = "auto",
     device: Annotated[str, typer.Option(help="Where to quantize: cpu, cuda, cuda:1.")] = "cpu",
 ) -> None:
@@ -36,17 +53,38 @@ def quantize(
 
     # Everything that can be refused is refused before the model is read.
     formats = parse_specs(spec)
-    get_algorithm(algorithm)
+    method = get_algorithm(algorithm)
+    check_calibration(method, calibration)
     check_dtype(dtype)
     _check_output(output)
+    journal = _journal(output, method.needs != "nothing", resume)
     loaded = load_model(model, dtype, device)
+    tokens = read_calibration(method, loaded.tokenizer, calibration, samples, length, seed)
     left = DEFAULT_SKIP if skip is None else skip
-    report = patch(loaded.model, formats, algorithm=algorithm, skip=left, progress=out.is_terminal)
+    report = patch(
+        loaded.model, formats, algorithm=method, calibration=tokens, skip=left, journal=journal, progress=out.is_terminal
+    )
     out.print(report)
     note(f"writing {output}")
     save(loaded.model, output, tokenizer=loaded.tokenizer)
+    if journal is not None:
+        shutil.rmtree(journal)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     out.print(f"wrote {output} ({size / 1e6:.1f} MB); read it with quantlib.load({str(output)!r})", highlight=False)
+
+
+def _journal(output: Path, calibrated: bool, resume: bool) -> Path | None:
+    """Where a calibrated run keeps what is done, until the output is written. Raises where --resume says otherwise."""
+    journal = output.with_name(output.name + ".journal")
+    if not calibrated:
+        if resume:
+            raise QuantlibError("--resume: rounding to nearest keeps no journal; run it again without --resume")
+        return None
+    if journal.exists() and not resume:
+        raise CheckpointError(f"{journal} holds what an interrupted run had done: pass --resume to go on, or remove it")
+    if resume and not journal.exists():
+        raise CheckpointError(f"--resume: there is no {journal} to go on with; run without --resume")
+    return journal
 
 
 def parse_specs(specs: list[str]) -> str | dict[str, str | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from quantlib.errors import QuantlibError, ShapeError
 from quantlib.evaluation.reference import ReferenceLogits
 from quantlib.evaluation.result import Divergence, Evaluation
 from quantlib.evaluation.windows import ProtocolName, TokenWindows, make_windows
+from quantlib.running import evaluating, logits_of, tracked, vocabulary_of
 
 ROWS = 128
 """Positions per slice of the fp32 softmax: with a vocabulary of 128k one temporary is 64 MB, whatever the window."""
@@ -98,12 +99,12 @@ def _score(
     keep: Callable[[int, Tensor], None] | None,
 ) -> Evaluation:
     """The one loop over windows."""
-    _check_ids(cut, _embedded_vocabulary(model))
+    _check_ids(cut, vocabulary_of(model))
     started = time.perf_counter()
     samples: list[tuple[Tensor, ...]] = []
     position = 0
-    with torch.inference_mode(), _evaluating(model), _evaluating(reference):
-        for ids in _progress(cut.tokens.split(batch_size), progress, title):
+    with torch.inference_mode(), evaluating(model), _evaluating(reference):
+        for ids in tracked(cut.tokens.split(batch_size), progress, title):
             logits = _scored_logits(model, ids, cut.first)
             _check_ids(cut, logits.shape[1])
             stop = position + len(logits)
@@ -160,9 +161,7 @@ def _check_finite(nll: Tensor, position: int, cut: TokenWindows, who: str) -> No
 
 def _scored_logits(model: nn.Module, ids: Tensor, first: int) -> Tensor:
     """The logits [B * scored, V] that predict ids[:, first:]."""
-    extra = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    output = model(ids.to(_device(model)), **extra)
-    logits = getattr(output, "logits", output)
+    logits = logits_of(model, ids)
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != ids.shape:
         found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ShapeError(f"{type(model).__name__} must give logits [{ids.shape[0]}, {ids.shape[1]}, vocabulary], found {found}")
@@ -186,12 +185,6 @@ def _reference_logits(
     return other
 
 
-def _device(model: nn.Module) -> torch.device:
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
-
-
 def _check_ids(cut: TokenWindows, vocabulary: int | None) -> None:
     """Ids outside the embedding are an IndexError on the CPU and a dead context on a GPU: look before running."""
     low, high = int(cut.tokens.min()), int(cut.tokens.max())
@@ -203,33 +196,5 @@ def _check_ids(cut: TokenWindows, vocabulary: int | None) -> None:
         )
 
 
-def _embedded_vocabulary(model: nn.Module) -> int | None:
-    """The number of rows of the input embedding, where the model names one."""
-    get: Callable[[], object] | None = getattr(model, "get_input_embeddings", None)
-    size = getattr(get(), "num_embeddings", None) if callable(get) else None
-    return size if isinstance(size, int) else None
-
-
-@contextmanager
-def _evaluating(model: nn.Module | ReferenceLogits | None) -> Iterator[None]:
-    """Evaluation mode (no dropout) inside, the modes of all modules as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
-    if isinstance(model, nn.Module):
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _progress(batches: Sequence[Tensor], show: bool, title: str) -> Iterator[Tensor]:
-    """The batches, behind a progress bar where someone watches: in a log it would only be noise."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    if not (show and console.is_terminal):
-        yield from batches
-        return
-    yield from track(batches, description=title, console=console, transient=True)
+def _evaluating(reference: nn.Module | ReferenceLogits | None) -> AbstractContextManager[None]:
+    return evaluating(reference) if isinstance(reference, nn.Module) else nullcontext()

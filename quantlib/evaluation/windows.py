@@ -69,13 +69,19 @@ class TokenWindows:
         return hashlib.sha256(facts + self.tokens.numpy().tobytes()).hexdigest()[:16]
 
 
-def default_text() -> str:
+def default_text(part: Literal["all", "evaluation", "calibration"] = "all") -> str:
     """Technical prose that every Python has: the topics of pydoc (465 KB), values sorted by key, joined by a blank line.
+
+    part  "evaluation" is its first quarter, "calibration" the rest: no model should be scored on what it was calibrated on
 
     It differs a little between Python versions; figures of this project are of Python 3.11.
     """
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    return "\n\n".join(topics[key] for key in sorted(topics))
+    text = "\n\n".join(topics[key] for key in sorted(topics))
+    if part == "all":
+        return text
+    border = text.index("\n\n", len(text) // 4)
+    return text[:border] if part == "evaluation" else text[border + 2 :]
 
 
 def make_windows(

@@ -210,7 +210,7 @@ class Minifloat:
 
     @property
     def divisor(self) -> float:
-        return max(value for value in self.entries if not math.isnan(value))
+        return _minifloat_divisor(self.exponent_bits, self.mantissa_bits)
 
     @property
     def entries(self) -> tuple[float, ...]:
@@ -224,6 +224,11 @@ class Minifloat:
         bounds = _even_tie_bounds(self.exponent_bits, self.mantissa_bits)
         magnitude = _rank(x.abs(), bounds).to(torch.uint8).view(x.shape)
         return magnitude | ((x < 0).to(torch.uint8) << (self.bits - 1))
+
+
+@lru_cache(maxsize=16)
+def _minifloat_divisor(exponent_bits: int, mantissa_bits: int) -> float:
+    return max(value for value in _minifloat_magnitudes(exponent_bits, mantissa_bits) if not math.isnan(value))
 
 
 @lru_cache(maxsize=16)
