@@ -238,8 +238,11 @@ def output_weights(model: nn.Module, tokens: Tensor, layers: Iterable[str]) -> d
                 log_p = torch.log_softmax(logits_of(model, ids[None]).float()[0], dim=-1)
                 drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
                 log_p.gather(1, drawn).sum().backward()
-    none = {name: torch.zeros(model.get_submodule(name).out_features, dtype=torch.float64) for name in layers}  # type: ignore[arg-type]
-    return {name: sums[name].cpu() / tokens.numel() if name in sums else zero for name, zero in none.items()}
+    linear = linear_layers(model)
+    return {
+        name: sums[name].cpu() / tokens.numel() if name in sums else torch.zeros(linear[name].out_features, dtype=torch.float64)
+        for name in layers
+    }
 
 
 def _sensitivity(

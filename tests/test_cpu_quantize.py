@@ -285,6 +285,6 @@ def test_the_extension_refuses_what_its_sums_are_not_made_for() -> None:
     native = cpu._cpu.Weight(weight.data_ptr(), "float32", 4, 96)
     for fmt in (get_format("fp8-e4m3-tensor"), next(fmt for fmt in UNUSUAL if fmt.name == "int7")):
         with pytest.raises(ValueError, match="power of two"):
-            cpu._cpu.sums(coding_of(fmt, 96), native, [0, 0, 0], 0, [0] * 5, 1)
+            cpu._cpu.sums(coding_of(fmt, 96), native, (0, 0), [0, 0, 0], 0, [0] * 6, 1)
     with pytest.raises(ValueError, match="unknown kind float64"):
         cpu._cpu.extremes(coding_of(get_format("nf4"), 96), cpu._cpu.Weight(0, "float64", 4, 96), 0, 0, 1)

@@ -76,19 +76,20 @@ def test_output_weights_are_mean_squares_of_gradients() -> None:
 
 
 def test_predictions_follow_what_is_measured() -> None:
-    """The KL of one quantized layer, predicted to second order, within a factor of three of the measured one."""
+    """The KL that quantizing one layer costs, over four orders of magnitude."""
     model, sample = llama(), tokens(48, 32)
     made = plan(model, "4bpw", sample, formats=["int4-g32", "int2-g32-asym"], judged=16)
-    ratios = []
-    for name in list(made)[::3]:
+    predicted, measured = [], []
+    for name in made:
         changed = structural_copy(model)
         quantlib.patch(changed, {name: "int2-g32-asym"}, progress=False)
         with torch.no_grad():
             pairs = [(logits_of(model, ids[None])[0], logits_of(changed, ids[None])[0]) for ids in sample[-16:]]
         logs = [(a.log_softmax(-1), b.log_softmax(-1)) for a, b in pairs]
-        kl = sum(float((p.exp() * (p - q)).sum(-1).mean()) for p, q in logs) / len(logs)
-        ratios.append(made.sensitivity[name]["int2-g32-asym"] / kl)
-    assert all(1 / 3 < ratio < 3 for ratio in ratios), ratios
+        measured.append(sum(float((p.exp() * (p - q)).sum(-1).mean()) for p, q in logs) / len(logs))
+        predicted.append(made.sensitivity[name]["int2-g32-asym"])
+    assert max(measured) > 1000 * min(measured)
+    assert float(torch.corrcoef(torch.tensor([predicted, measured]).log())[0, 1]) > 0.98
 
 
 @pytest.mark.parametrize("budget", ["3.5bpw", "5.5bpw", "same size as int4-g32", "0.06MB"])

@@ -240,8 +240,7 @@ Outcome for_tiles(const Call& call, int64_t work, const Body& body) {
     const Tiles tiles(coding, call.weight);
     const int64_t groups = round_up(tiles.count, LANES) / LANES, vectors = tiles.size * (WEIGHTED ? 2 : 1);
     const int64_t floats = round_up(vectors * LANES + tiles.size, CHUNK);
-    int threads = call.threads;
-    threads = useful_threads(tiles.count * tiles.size * work, threads);
+    const int threads = useful_threads(tiles.count * tiles.size * work, call.threads);
     const Scratch scratch(threads * floats);
     if (scratch.floats == nullptr) return Outcome::no_memory;
 #pragma omp parallel for schedule(static) num_threads(threads)

@@ -38,7 +38,7 @@ class Method:
 def parse_methods(words: Sequence[str], columns: Sequence[int]) -> list[Method]:
     """Methods by name, each once: "bf16"; "nvfp4"; "nvfp4:gptq"; or an algorithm alone, "gptq", for INT4 in groups that divide
     all of the layers' `columns`. Raises QuantlibError where a word is none of these."""
-    methods = {}
+    methods: dict[str, Method] = {}
     for word in filter(None, (word.strip() for word in words)):
         method = _parse_method(word, columns)
         methods.setdefault(method.name, method)
