@@ -22,8 +22,8 @@ from torch import Tensor
 import quantlib
 from bench import llama_cpp
 from bench.gguf_export import read_nbytes, read_types, write_gguf
-from quantlib.cli.demo import structural_copy
 from quantlib.integrations.decoding import Decoder
+from quantlib.running import structural_copy
 from quantlib.testing import relative_error
 from quantlib.timing import NoTiming, Timing, in_turns
 

@@ -19,6 +19,7 @@ from quantlib.grouped_ops import grouped_linear
 from quantlib.nn import QuantExperts, QuantLinear
 from quantlib.ops import linear
 from quantlib.patch import patch, unpatch
+from quantlib.plan import Plan, plan
 from quantlib.report import PatchReport
 from quantlib.serialization import load, save
 from quantlib.tensor import QuantizedTensor
@@ -34,6 +35,7 @@ __all__ = [
     "FormatError",
     "KernelError",
     "PatchReport",
+    "Plan",
     "QuantExperts",
     "QuantLinear",
     "QuantizedExperts",
@@ -53,6 +55,7 @@ __all__ = [
     "list_formats",
     "load",
     "patch",
+    "plan",
     "quantize",
     "save",
     "tune_scales",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def place_of(model: nn.Module) -> torch.device:
@@ -32,6 +35,12 @@ def vocabulary_of(model: nn.Module) -> int | None:
     get: Callable[[], object] | None = getattr(model, "get_input_embeddings", None)
     size = getattr(get(), "num_embeddings", None) if callable(get) else None
     return size if isinstance(size, int) else None
+
+
+def structural_copy(model: Model) -> Model:
+    """A copy whose modules are new and whose tensors are the model's own: patch replaces modules and changes no tensor."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
 
 
 @contextmanager

@@ -33,6 +33,7 @@ LEVELS = {
     "report": 4,
     "running": 4,
     "patch": 5,
+    "plan": 5,
     "explain": 5,
     "tuning": 5,
     "serialization": 5,
@@ -56,6 +57,9 @@ SAME_LEVEL = {
     ("cli", "integrations"),
     ("calibration", "evaluation"),
     ("patch", "calibration"),
+    ("plan", "calibration"),
+    ("plan", "evaluation"),
+    ("plan", "patch"),
 }
 SAME_LEVEL |= {("__main__", "cli")}
 

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 import quantlib
 from quantlib.cli import app
 from quantlib.cli import console as consoles
-from quantlib.cli.demo import structural_copy
 from quantlib.errors import QuantlibError
 from quantlib.formats import list_formats
+from quantlib.running import structural_copy
 from tests.models import assert_untouched, llama, snapshot
 
 VOCABULARY = 128
@@ -323,6 +323,39 @@ def test_the_demo_prints_a_table_and_writes_a_report(run, small_demo: None, tmp_
     assert [variant["name"] for variant in results["variants"]] == ["nvfp4", "int4-g32"]
     assert len(results["variants"][0]["layer_errors"]) == 14
     assert results["original"]["evaluation"]["tokens"] == 2 * 511
+
+
+def test_compare_measures_every_method(run, saved: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    options = ["--window", 32, "--windows", 2, "--tokens", 3, "--samples", 4, "--length", 16, "--prompt", "ab"]
+    result = run("compare", saved, "--methods", "bf16,nvfp4,gptq,nvfp4:gptq,nvfp4:rtn", "-o", tmp_path / "out", *options)
+    assert result.code == 0, result.err
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    names = [variant["name"] for variant in found["variants"]]
+    assert names == ["bf16", "nvfp4", "int4-g32:gptq", "nvfp4:gptq", "nvfp4:rtn"]
+    assert all(name in result.out for name in names)
+    by_name = {variant["name"]: variant for variant in found["variants"]}
+    assert by_name["bf16"]["bits_per_weight"] == 16
+    assert by_name["bf16"]["nbytes"] == found["original"]["nbytes"] // 2
+    assert by_name["nvfp4"]["evaluation"]["perplexity"] == by_name["nvfp4:rtn"]["evaluation"]["perplexity"]
+    assert (tmp_path / "out" / "report.html").is_file()
+    refused(run("compare", saved, "--methods", "nvpf4", "-o", tmp_path / "no"), "'nvpf4' is no dtype and no algorithm", "nvfp4")
+    refused(run("compare", saved, "--methods", "nf4:gtpq", "-o", tmp_path / "no"), "did you mean 'gptq'")
+    refused(run("compare", saved, "--methods", " , ", "-o", tmp_path / "no"), "no method is named")
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_plan_is_made_and_taken(run, saved: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    made = tmp_path / "plan.json"
+    sample = ["--samples", 10, "--length", 16, "--judged", 2]
+    result = run("plan", saved, "-b", "5bpw", "-o", made, "--formats", "int2-g32-asym,int4-g32,int8-g32", *sample)
+    assert result.code == 0, result.err
+    assert (tmp_path / "plan.png").is_file()
+    result = run("quantize", saved, "-s", made, "-o", tmp_path / "out")
+    assert result.code == 0, result.err
+    layers = json.loads((tmp_path / "out" / "quantlib.json").read_text())["layers"]
+    assert {name: entry["format"] for name, entry in layers.items()} == json.loads(made.read_text())["formats"]
+    refused(run("plan", saved, "-b", "huge", "-o", made, *sample), "budget 'huge' can't be read")
+    refused(run("plan", saved, "-b", "4bpw", "--formats", ",", "-o", made), "--formats names no format")
 
 
 def test_an_interrupted_demo_leaves_no_rubbish_and_runs_again(

@@ -83,7 +83,7 @@ def test_every_shape_and_dtype_gets_torchs_bits(isa: str, fmt: Format, search: S
 def taken_over(fmt: Format, weight: torch.Tensor, search: Search) -> tuple[bool, bool]:
     own = accelerator(CPU)
     assert own is not None
-    problem = own.problem(fmt, weight, fmt.fit_shared(weight), search)
+    problem = own.problem(fmt, weight, None, fmt.fit_shared(weight), search)
     return problem is not None, own.encode(fmt, weight, fmt.effective(fmt.fit(weight))) is not None
 
 
@@ -200,7 +200,7 @@ def test_what_is_not_finite_is_refused_by_name_as_before(isa: str, bad: float, d
             own, fmt = accelerator(CPU), get_format(spec)
             assert own is not None
             assert own.extremes(weight) is None
-            assert own.problem(fmt, weight, {}, "absmax") is None
+            assert own.problem(fmt, weight, None, {}, "absmax") is None
             assert own.encode(fmt, weight, fmt.effective(fmt.fit(random_weight(8, 70, dtype)))) is None
     with pytest.raises(QuantlibError):
         quantlib.quantize(torch.zeros(4, 8, dtype=torch.int32), "nvfp4")
@@ -220,18 +220,29 @@ def test_a_weight_beside_an_empty_block_is_still_looked_at(isa: str) -> None:
     assert own.encode(fmt, weight, fmt.effective(parts)) is None
 
 
-def test_errors_and_moments_are_torchs(isa: str) -> None:
+def importance_of(*shape: int) -> torch.Tensor:
+    """Positive numbers of very different size; some inputs are never read."""
+    generator = torch.Generator().manual_seed(1)
+    importance = torch.randn(*shape, generator=generator).mul(2).exp()
+    return importance * (torch.rand(shape, generator=generator) > 0.1)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_errors_and_moments_are_torchs(isa: str, weighted: bool) -> None:
     for fmt in FORMATS:
         weight = random_weight(40, 512, torch.bfloat16)
+        importance = importance_of(40, 512) if weighted else None
         own = accelerator(CPU)
         assert own is not None
-        problem = own.problem(fmt, weight, fmt.fit_shared(weight), "mse")
+        problem = own.problem(fmt, weight, importance, fmt.fit_shared(weight), "mse")
         if problem is None:
             continue
         assert isinstance(problem, CpuProblem)
         fit = fmt.effective(fmt.fit(weight))
         fit = fit.reshape(fit.scale.numel())
-        plain = TorchProblem(fmt, fmt.block.split(weight.float()).flatten(0, 1), None, problem.shared)
+        blocks = fmt.block.split(weight.float()).flatten(0, 1)
+        weights = None if importance is None else fmt.block.split(importance).flatten(0, 1)
+        plain = TorchProblem(fmt, blocks, weights, problem.shared)
         assert_same_bits(problem.true_error(fit), plain.true_error(fit))
         actual, expected = problem.moments(fit), plain.moments(fit)
         for field in ("vv", "vw", "ww", "v", "w", "one"):
@@ -255,13 +266,16 @@ def test_a_tree_sum_adds_the_upper_half_to_the_lower(size: int) -> None:
     assert_same_bits(tree_sum(terms.clone()), torch.tensor(expected))
 
 
-def test_importance_is_left_to_torch() -> None:
-    weight, importance = random_weight(16, 128), torch.rand(128, generator=torch.Generator().manual_seed(1))
-    fmt = get_format("int4-g32-asym")
-    with plain_torch():
-        expected = fmt.fit(weight, importance, "mse")
-    for name, part in fmt.fit(weight, importance, "mse").items():
-        assert_same_bits(part, expected[name])
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_searches_with_importance_get_torchs_bits(isa: str, fmt: Format) -> None:
+    """One row of importances for all, one for each, and one that isn't contiguous; a width that fills no last block."""
+    for n, k in ((1, 8), (17, 264), (40, 512)):
+        weight, whole = random_weight(n, k, torch.bfloat16), importance_of(n, 2 * k)
+        for importance in (whole[0, :k], whole[:, :k], whole[:, ::2], whole[0, :k].double()):
+            with plain_torch():
+                expected = fmt.fit(weight, importance, "mse")
+            for name, part in fmt.fit(weight, importance, "mse").items():
+                assert_same_bits(part, expected[name])
 
 
 def test_the_extension_refuses_what_its_sums_are_not_made_for() -> None:
@@ -271,6 +285,6 @@ def test_the_extension_refuses_what_its_sums_are_not_made_for() -> None:
     native = cpu._cpu.Weight(weight.data_ptr(), "float32", 4, 96)
     for fmt in (get_format("fp8-e4m3-tensor"), next(fmt for fmt in UNUSUAL if fmt.name == "int7")):
         with pytest.raises(ValueError, match="power of two"):
-            cpu._cpu.sums(coding_of(fmt, 96), native, [0, 0, 0], 0, [0] * 5, 1)
+            cpu._cpu.sums(coding_of(fmt, 96), native, (0, 0), [0, 0, 0], 0, [0] * 6, 1)
     with pytest.raises(ValueError, match="unknown kind float64"):
         cpu._cpu.extremes(coding_of(get_format("nf4"), 96), cpu._cpu.Weight(0, "float64", 4, 96), 0, 0, 1)

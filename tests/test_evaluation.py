@@ -399,7 +399,7 @@ def test_the_demo_model_scores_as_documented(demo: tuple[nn.Module, TokenWindows
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", LIMITS)
 def test_a_quantized_demo_model_keeps_within_its_limit(demo: tuple[nn.Module, TokenWindows], spec: str) -> None:
-    from quantlib.cli.demo import structural_copy
+    from quantlib.running import structural_copy
 
     model, cut = demo
     quantized = structural_copy(model)

@@ -26,9 +26,9 @@ constexpr std::pair<const char*, ScaleKind> SCALES[] = {{"float", ScaleKind::num
                                                         {"e8m0", ScaleKind::e8m0},
                                                         {"exact", ScaleKind::super}};
 
-// fp32, as addresses: scale, zero and minimum, 0 where there is none; vv, vw, ww, v, w.
+// fp32, as addresses: scale, zero and minimum, 0 where there is none; vv, vw, ww, v, w, one.
 using NumberAddresses = std::array<uintptr_t, 3>;
-using MomentAddresses = std::array<uintptr_t, 5>;
+using MomentAddresses = std::array<uintptr_t, 6>;
 
 float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
 
@@ -42,6 +42,13 @@ struct WeightArguments {
 
 Weight make_weight(const WeightArguments& a) {
     return {reinterpret_cast<const void*>(a.data), parse(DTYPES, a.dtype), a.rows, a.row_stride};
+}
+
+// {address of fp32, row stride}; an address of 0: none.
+using ImportanceArguments = std::pair<uintptr_t, int64_t>;
+
+Weight make_importance(const ImportanceArguments& a, int64_t rows) {
+    return {reinterpret_cast<const void*>(a.first), DType::float32, rows, a.second};
 }
 
 bool done(Outcome outcome) {
@@ -96,24 +103,27 @@ bool encode(const Coding& coding, const WeightArguments& weight, const NumberAdd
     return done(chosen.encode(call));
 }
 
-void sums(const Coding& coding, const WeightArguments& weight, const NumberAddresses& numbers, uintptr_t error,
-          const MomentAddresses& moments, int threads) {
+void sums(const Coding& coding, const WeightArguments& weight, const ImportanceArguments& importance,
+          const NumberAddresses& numbers, uintptr_t error, const MomentAddresses& moments, int threads) {
     check_lanes(coding);
-    const Moments at = {floats(moments[0]), floats(moments[1]), floats(moments[2]), floats(moments[3]), floats(moments[4])};
-    const SumsCall call = {&coding, make_weight(weight), make_numbers(numbers), floats(error), at, threads};
+    const Moments at = {floats(moments[0]), floats(moments[1]), floats(moments[2]),
+                        floats(moments[3]), floats(moments[4]), floats(moments[5])};
+    const SumsCall call = {
+        &coding, make_weight(weight), make_importance(importance, weight.rows), make_numbers(numbers), floats(error), at, threads};
     const Kernels& chosen = kernels();
     py::gil_scoped_release release;
     done(chosen.sums(call));
 }
 
-void search(const Coding& coding, const WeightArguments& weight, const std::vector<NumberAddresses>& candidates, int steps,
-            float global_scale, const NumberAddresses& result, int threads) {
+void search(const Coding& coding, const WeightArguments& weight, const ImportanceArguments& importance,
+            const std::vector<NumberAddresses>& candidates, int steps, float global_scale, const NumberAddresses& result, int threads) {
     check_lanes(coding);
     if (candidates.empty()) throw std::invalid_argument("a search needs a candidate to start from");
     std::vector<Numbers> fits;
     for (const NumberAddresses& each : candidates) fits.push_back(make_numbers(each));
     const SearchCall call = {&coding,
                              make_weight(weight),
+                             make_importance(importance, weight.rows),
                              fits.data(),
                              int64_t(fits.size()),
                              steps,
@@ -164,10 +174,11 @@ void bind_quantize(py::module_& module) {
                "low, high fp32 [rows, blocks_across]: extremes of every block of every row. False: the weight is not finite.");
     module.def("encode", &encode, py::arg("coding"), py::arg("weight"), py::arg("numbers"), py::arg("codes"),
                py::arg("threads"), "Packed codes under (scale, zero, minimum). False: something is not finite.");
-    module.def("sums", &sums, py::arg("coding"), py::arg("weight"), py::arg("numbers"), py::arg("error"), py::arg("moments"),
-               py::arg("threads"), "The squared error of every block, and its moments (vv, vw, ww, v, w); 0: not wanted.");
-    module.def("search", &search, py::arg("coding"), py::arg("weight"), py::arg("candidates"), py::arg("steps"),
-               py::arg("global_scale"), py::arg("result"), py::arg("threads"),
+    module.def("sums", &sums, py::arg("coding"), py::arg("weight"), py::arg("importance"), py::arg("numbers"), py::arg("error"),
+               py::arg("moments"), py::arg("threads"),
+               "The (weighted) squared error of every block, and its moments (vv, vw, ww, v, w, one); 0: not wanted.");
+    module.def("search", &search, py::arg("coding"), py::arg("weight"), py::arg("importance"), py::arg("candidates"),
+               py::arg("steps"), py::arg("global_scale"), py::arg("result"), py::arg("threads"),
                "Of the candidates (scale, zero, minimum) and `steps` further solutions the best of every block.");
 }
 

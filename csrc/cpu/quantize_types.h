@@ -62,12 +62,13 @@ struct EncodeCall {
 
 // One number per block, blocks of one row; those that are not asked for are null.
 struct Moments {
-    float *vv, *vw, *ww, *v, *w;
+    float *vv, *vw, *ww, *v, *w, *one;
 };
 
 struct SumsCall {
     const Coding* coding;
     Weight weight;
+    Weight importance;  // of each squared error, fp32; data null: 1 for all. A row stride of 0: the same for all rows
     Numbers numbers;
     float* error;     // of encoding and decoding, or null
     Moments moments;  // all null, or all that the format has
@@ -77,6 +78,7 @@ struct SumsCall {
 struct SearchCall {
     const Coding* coding;
     Weight weight;
+    Weight importance;  // as in SumsCall
     const Numbers* candidates;  // the first is where the search starts
     int64_t candidate_count;
     int steps;

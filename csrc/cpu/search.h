@@ -4,6 +4,8 @@
 //
 //     tile[j] = | element j of block 0 | of block 1 | ... |       j = 0 .. B-1, B a power of two, at least 8
 //
+// Importances, where there are any, lie in a second tile of the same shape behind the first.
+//
 // Every operation is torch's, in the same order, NaN and infinity included; sums follow `tree_sum`.
 #pragma once
 
@@ -81,7 +83,7 @@ inline void keep_better(Solution& best, const Solution& other) {
 // What a format has besides its scales.
 enum class Grid { none, zero, minimum };
 
-template <class Rounding, Grid GRID>
+template <class Rounding, Grid GRID, bool WEIGHTED>
 class Lanes {
   public:
     static constexpr int SUMS = GRID == Grid::minimum ? 3 : 2;
@@ -89,19 +91,22 @@ class Lanes {
         Floats vv, vw, v;
     };
 
-    // `tile`: `size` vectors.
+    // `tile`: `size` vectors, and as many importances.
     Lanes(const Coding& coding, int64_t size, const float* tile)
         : rounding_(coding), reciprocal_(coding.reciprocal), size_(size), tile_(tile) {}
 
     // Sums that no code changes: once per tile.
     inline void start() {
         const Sums<2> sums = tree_sum<2>(size_, [&](int64_t j) {
-            const Floats w = weight(j);
-            return Sums<2>{{multiply(w, w), w}};
+            const Floats own = weight(j), weighed = times_importance(own, j);
+            return Sums<2>{{multiply(weighed, own), weighed}};
         });
-        ww = sums.at[0], w = sums.at[1];
+        ww = sums.at[0], w = sums.at[1], one = broadcast(float(size_));
+        if constexpr (WEIGHTED) {
+            one = tree_sum<1>(size_, [&](int64_t j) { return Sums<1>{{importance(j)}}; }).at[0];
+        }
     }
-    Floats ww, w;
+    Floats ww, w, one;
 
     inline Moments moments(const Fit& fit) const {
         const Floats inverse = pick(equal(fit.scale, zero()), zero(), divide(broadcast(1.0f), fit.scale));
@@ -114,8 +119,9 @@ class Lanes {
             Floats v = rounding_.value(x);
             if constexpr (GRID == Grid::zero) v = subtract(v, fit.zero);
             Sums<SUMS> terms;
-            terms.at[0] = multiply(v, v), terms.at[1] = multiply(v, own);
-            if constexpr (GRID == Grid::minimum) terms.at[2] = v;
+            const Floats weighed = times_importance(v, j);
+            terms.at[0] = multiply(weighed, v), terms.at[1] = multiply(v, times_importance(own, j));
+            if constexpr (GRID == Grid::minimum) terms.at[2] = weighed;
             return terms;
         });
         return {sums.at[0], sums.at[1], sums.at[SUMS - 1]};
@@ -126,7 +132,6 @@ class Lanes {
         const Moments m = moments(fit);
         Fit solved = {divide(m.vw, m.vv), fit.zero, fit.minimum};
         if constexpr (GRID == Grid::minimum) {
-            const Floats one = broadcast(float(size_));
             const Floats determinant = subtract(multiply(one, m.vv), multiply(m.v, m.v));
             const Floats scale = divide(subtract(multiply(one, m.vw), multiply(m.v, w)), determinant);
             const Floats found = divide(subtract(multiply(m.v, m.vw), multiply(m.vv, w)), determinant);
@@ -154,7 +159,7 @@ class Lanes {
                    v = multiply(v, fit.scale);
                    if constexpr (GRID == Grid::minimum) v = subtract(v, fit.minimum);
                    const Floats difference = subtract(v, weight(j));
-                   return Sums<1>{{multiply(difference, difference)}};
+                   return Sums<1>{{times_importance(multiply(difference, difference), j)}};
                }).at[0];
     }
 
@@ -165,6 +170,11 @@ class Lanes {
     const float* tile_;
 
     inline Floats weight(int64_t j) const { return load(tile_ + j * LANES); }
+    inline Floats importance(int64_t j) const { return load(tile_ + (size_ + j) * LANES); }
+    inline Floats times_importance(Floats x, int64_t j) const {
+        if constexpr (WEIGHTED) return multiply(x, importance(j));
+        return x;
+    }
 
     inline Floats error_of(const Moments& m, const Fit& fit) const {
         const Floats two = broadcast(2.0f);
@@ -172,7 +182,7 @@ class Lanes {
         const Floats error = add(subtract(ww, linear), multiply(multiply(fit.scale, fit.scale), m.vv));
         if constexpr (GRID != Grid::minimum) return error;
         const Floats cross = multiply(multiply(two, fit.minimum), subtract(w, multiply(fit.scale, m.v)));
-        return add(add(error, cross), multiply(multiply(fit.minimum, fit.minimum), broadcast(float(size_))));
+        return add(add(error, cross), multiply(multiply(fit.minimum, fit.minimum), one));
     }
 };
 
@@ -187,17 +197,16 @@ struct Tiles {
     Tiles(const Coding& c, const Weight& w)
         : coding(c), weight(w), size(c.block_cols == 0 ? c.padded_k : c.block_cols), count(w.rows * c.blocks_across) {}
 
-    int64_t floats() const { return size * (LANES + 1); }
-
-    // Blocks first .. first + LANES - 1 into `tile`; zeros beyond the last block. `line`: room for one block.
-    inline void read(int64_t first, float* tile, float* line) const {
-        const int64_t item = item_size(weight.dtype);
-        const uint8_t* data = static_cast<const uint8_t*>(weight.data);
+    // Blocks first .. first + LANES - 1 of `from`, numbers that lie as the weight's do, into `tile`; zeros beyond the last block.
+    // `line`: room for one block.
+    inline void read(const Weight& from, int64_t first, float* tile, float* line) const {
+        const int64_t item = item_size(from.dtype);
+        const uint8_t* data = static_cast<const uint8_t*>(from.data);
         for (int lane = 0; lane < LANES; ++lane) {
             const int64_t block = first + lane, row = block / coding.blocks_across;
             const int64_t column = (block - row * coding.blocks_across) * size;
             const int64_t held = block < count ? most(0, least(size, coding.k - column)) : 0;
-            if (held > 0) read_numbers(weight.dtype, data + (row * weight.row_stride + column) * item, held, line);
+            if (held > 0) read_numbers(from.dtype, data + (row * from.row_stride + column) * item, held, line);
             for (int64_t j = held; j < size; ++j) line[j] = 0.0f;
             for (int64_t j = 0; j < size; ++j) tile[j * LANES + lane] = line[j];
         }
@@ -225,19 +234,23 @@ struct Tiles {
 };
 
 // Runs body(lanes, first) for every LANES blocks of a weight; threads split them.
-template <class Rounding, Grid GRID, class Body>
-Outcome for_tiles(const Coding& coding, const Weight& weight, int64_t work, int threads, const Body& body) {
-    const Tiles tiles(coding, weight);
-    const int64_t groups = round_up(tiles.count, LANES) / LANES, floats = round_up(tiles.floats(), CHUNK);
-    threads = useful_threads(tiles.count * tiles.size * work, threads);
+template <class Rounding, Grid GRID, bool WEIGHTED, class Call, class Body>
+Outcome for_tiles(const Call& call, int64_t work, const Body& body) {
+    const Coding& coding = *call.coding;
+    const Tiles tiles(coding, call.weight);
+    const int64_t groups = round_up(tiles.count, LANES) / LANES, vectors = tiles.size * (WEIGHTED ? 2 : 1);
+    const int64_t floats = round_up(vectors * LANES + tiles.size, CHUNK);
+    const int threads = useful_threads(tiles.count * tiles.size * work, call.threads);
     const Scratch scratch(threads * floats);
     if (scratch.floats == nullptr) return Outcome::no_memory;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int part = 0; part < threads; ++part) {
         float* tile = scratch.floats + part * floats;
-        Lanes<Rounding, GRID> lanes(coding, tiles.size, tile);
+        float* line = tile + vectors * LANES;
+        Lanes<Rounding, GRID, WEIGHTED> lanes(coding, tiles.size, tile);
         for (int64_t g = groups * part / threads; g < groups * (part + 1) / threads; ++g) {
-            tiles.read(g * LANES, tile, tile + tiles.size * LANES);
+            tiles.read(call.weight, g * LANES, tile, line);
+            if constexpr (WEIGHTED) tiles.read(call.importance, g * LANES, tile + tiles.size * LANES, line);
             body(tiles, lanes, g * LANES);
         }
     }
@@ -278,31 +291,34 @@ struct SumsBody {
         tiles.write_lanes(call.moments.v, first, m.v);
         tiles.write_lanes(call.moments.ww, first, lanes.ww);
         tiles.write_lanes(call.moments.w, first, lanes.w);
+        tiles.write_lanes(call.moments.one, first, lanes.one);
     }
 };
 
-template <class Rounding, class Body>
-Outcome for_grid(const Coding& coding, const Weight& weight, int64_t work, int threads, const Body& body) {
-    if (coding.has_minimum) return for_tiles<Rounding, Grid::minimum>(coding, weight, work, threads, body);
-    if (coding.has_zero) return for_tiles<Rounding, Grid::zero>(coding, weight, work, threads, body);
-    return for_tiles<Rounding, Grid::none>(coding, weight, work, threads, body);
+template <class Rounding, Grid GRID, class Call, class Body>
+Outcome for_importance(const Call& call, int64_t work, const Body& body) {
+    if (call.importance.data != nullptr) return for_tiles<Rounding, GRID, true>(call, work, body);
+    return for_tiles<Rounding, GRID, false>(call, work, body);
 }
 
-template <class Body>
-Outcome for_coding(const Coding& coding, const Weight& weight, int64_t work, int threads, const Body& body) {
-    switch (coding.rounding) {
-        case RoundingKind::affine: return for_grid<AffineRounding>(coding, weight, work, threads, body);
-        case RoundingKind::table: return for_grid<TableRounding>(coding, weight, work, threads, body);
-        default: return for_grid<MinifloatRounding>(coding, weight, work, threads, body);
+template <class Rounding, class Call, class Body>
+Outcome for_grid(const Call& call, int64_t work, const Body& body) {
+    if (call.coding->has_minimum) return for_importance<Rounding, Grid::minimum>(call, work, body);
+    if (call.coding->has_zero) return for_importance<Rounding, Grid::zero>(call, work, body);
+    return for_importance<Rounding, Grid::none>(call, work, body);
+}
+
+template <class Call, class Body>
+Outcome for_coding(const Call& call, int64_t work, const Body& body) {
+    switch (call.coding->rounding) {
+        case RoundingKind::affine: return for_grid<AffineRounding>(call, work, body);
+        case RoundingKind::table: return for_grid<TableRounding>(call, work, body);
+        default: return for_grid<MinifloatRounding>(call, work, body);
     }
 }
 
-inline Outcome sums(const SumsCall& call) {
-    return for_coding(*call.coding, call.weight, 2, call.threads, SumsBody{call});
-}
+inline Outcome sums(const SumsCall& call) { return for_coding(call, 2, SumsBody{call}); }
 
-inline Outcome search(const SearchCall& call) {
-    return for_coding(*call.coding, call.weight, call.candidate_count, call.threads, SearchBody(call));
-}
+inline Outcome search(const SearchCall& call) { return for_coding(call, call.candidate_count, SearchBody(call)); }
 
 }  // namespace quantlib::cpu::QUANTLIB_ISA

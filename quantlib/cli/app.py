@@ -7,11 +7,13 @@ from typing import Annotated
 import typer
 
 from quantlib.cli.bench import bench
+from quantlib.cli.compare import compare_methods
 from quantlib.cli.console import Commands, out
 from quantlib.cli.demo import demo
 from quantlib.cli.doctor import doctor
 from quantlib.cli.evaluate import evaluate
 from quantlib.cli.inspect import inspect
+from quantlib.cli.plan import make_plan
 from quantlib.cli.quantize import quantize
 
 app = typer.Typer(
@@ -25,6 +27,8 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(quantize)
 app.command(name="eval")(evaluate)
+app.command(name="compare")(compare_methods)
+app.command(name="plan")(make_plan)
 app.command()(inspect)
 app.command()(bench)
 app.command()(doctor)

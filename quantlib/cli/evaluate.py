@@ -70,10 +70,10 @@ def evaluate(
     method = get_algorithm(algorithm)
     check_calibration(method, calibration)
     check_dtype(dtype)
-    content = _read(text, calibrated=formats is not None and method.needs != "nothing")
+    content = read_text(text, calibrated=formats is not None and method.needs != "nothing")
     loaded = load_model(model, dtype, device)
     cut = evaluation.make_windows(
-        content, _need_tokenizer(loaded, model), protocol=cast(Any, protocol), window=window, windows=windows
+        content, need_tokenizer(loaded, model), protocol=cast(Any, protocol), window=window, windows=windows
     )
     if formats is None:
         other = None if reference is None else load_model(reference, dtype, device).model
@@ -96,7 +96,8 @@ def evaluate(
         note(loaded.caveat)
 
 
-def _read(text: Path | None, calibrated: bool) -> str:
+def read_text(text: Path | None, calibrated: bool) -> str:
+    """The text to score; by default pydoc's topics, or the part of them that never calibrates. Raises QuantlibError."""
     from quantlib.evaluation import default_text
 
     if text is None:
@@ -107,7 +108,8 @@ def _read(text: Path | None, calibrated: bool) -> str:
         raise QuantlibError(f"--text {text} can't be read as UTF-8 text: {error}") from error
 
 
-def _need_tokenizer(loaded: Loaded, name: str) -> Any:
+def need_tokenizer(loaded: Loaded, name: str) -> Any:
+    """The model's tokenizer. Raises QuantlibError where it has none."""
     if loaded.tokenizer is None:
         raise QuantlibError(f"{name} has no tokenizer beside it, and a text can't be evaluated without one: save it there")
     return loaded.tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,8 @@ def quantize(
         typer.Option(
             "--spec",
             "-s",
-            help="A format ('nvfp4'), or several 'PATTERN=FORMAT' ('*.down_proj=int8', '*=nvfp4'; FORMAT may be 'none').",
+            help="A format ('nvfp4'), several 'PATTERN=FORMAT' ('*.down_proj=int8', '*=nvfp4'; FORMAT may be 'none'), or the "
+            "JSON file of a plan.",
         ),
     ],
     skip: Annotated[list[str] | None, typer.Option(help="Leave layers that match. Default: lm_head.")] = None,
@@ -87,13 +89,17 @@ def _journal(output: Path, calibrated: bool, resume: bool) -> Path | None:
     return journal
 
 
-def parse_specs(specs: list[str]) -> str | dict[str, str | None]:
-    """One format, or PATTERN=FORMAT pairs in order (the first match wins; FORMAT "none" leaves a layer as it is).
+def parse_specs(specs: list[str]) -> str | Mapping[str, str | None]:
+    """One format; a plan's JSON file; or PATTERN=FORMAT pairs in order (the first match wins; "none" leaves a layer as it is).
 
     Raises FormatError for an unknown format, QuantlibError for a mixture of the two.
     """
     from quantlib.formats import get_format
 
+    if len(specs) == 1 and specs[0].endswith(".json"):
+        from quantlib.plan import Plan
+
+        return Plan.load(specs[0])
     if len(specs) == 1 and "=" not in specs[0]:
         return get_format(specs[0]).name
     formats: dict[str, str | None] = {}

@@ -30,7 +30,8 @@ def import_pyplot() -> Any:
     return matplotlib.pyplot
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """A figure as the bytes of a PNG; closes it."""
     buffer = io.BytesIO()
     # The default metadata name the version of matplotlib; without them equal pictures are equal bytes.
     figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight", metadata={"Software": None})
@@ -38,14 +39,15 @@ def _png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _axes(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+def axes(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    """(figure, its axes side by side) in this package's look; sizes in inches."""
     options = {"sharey": columns > 1, "squeeze": False, "layout": "constrained"}
-    figure, axes = import_pyplot().subplots(1, columns, figsize=(width, height), **options)
-    for axis in axes[0]:
+    figure, grid = import_pyplot().subplots(1, columns, figsize=(width, height), **options)
+    for axis in grid[0]:
         axis.grid(True, which="major", color="#e4e4e4", linewidth=0.8)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes[0]
+    return figure, grid[0]
 
 
 def size_against_kl(variants: Sequence[Variant], subtitle: str) -> bytes:
@@ -56,7 +58,7 @@ def size_against_kl(variants: Sequence[Variant], subtitle: str) -> bytes:
     shown = [variant for variant in variants if variant.evaluation.divergence is not None]
     if not shown:
         raise QuantlibError("nothing to plot: no variant was evaluated against a reference")
-    figure, (axis,) = _axes(7.2, 4.6)
+    figure, (axis,) = axes(7.2, 4.6)
     import matplotlib.ticker
 
     for place, variant in enumerate(shown):
@@ -77,7 +79,7 @@ def size_against_kl(variants: Sequence[Variant], subtitle: str) -> bytes:
     axis.set_xlabel("MB of the quantized layers")
     axis.set_ylabel("mean KL(original || quantized), nats per token")
     axis.set_title(f"Size against divergence: lower left is better\n{subtitle}", loc="left", fontsize=10)
-    return _png(figure)
+    return png(figure)
 
 
 def layer_errors(errors: Mapping[str, Mapping[str, float]]) -> bytes:
@@ -88,7 +90,7 @@ def layer_errors(errors: Mapping[str, Mapping[str, float]]) -> bytes:
     """
     if not any(errors.values()):
         raise QuantlibError("nothing to plot: no layer was quantized")
-    figure, (by_depth, by_kind) = _axes(11, 4.4, columns=2)
+    figure, (by_depth, by_kind) = axes(11, 4.4, columns=2)
     kinds = list(dict.fromkeys(name.rsplit(".", 1)[-1] for layers in errors.values() for name in layers))
     for place, (fmt, layers) in enumerate(errors.items()):
         style = {"color": COLORS[place % len(COLORS)], "marker": MARKERS[place % len(MARKERS)], "markersize": 4}
@@ -106,7 +108,7 @@ def layer_errors(errors: Mapping[str, Mapping[str, float]]) -> bytes:
     by_kind.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
     by_kind.set_title("By kind of layer, mean over blocks", loc="left", fontsize=10)
     figure.legend(*by_depth.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=9)
-    return _png(figure)
+    return png(figure)
 
 
 def _depth(name: str) -> int:

@@ -28,8 +28,8 @@ class Accelerator(Protocol):
         """The least and the greatest element of a tensor that is not empty."""
         ...
 
-    def problem(self, fmt: Format, weight: Tensor, shared: Parts, search: Search) -> Problem | None:
-        """The blocks of a weight, padded to whole ones, for a fit by `search`."""
+    def problem(self, fmt: Format, weight: Tensor, importance: Tensor | None, shared: Parts, search: Search) -> Problem | None:
+        """The blocks of a weight, padded to whole ones, for a fit by `search`. importance: [k] or [n, k], or None."""
         ...
 
     def encode(self, fmt: Format, weight: Tensor, numbers: Effective) -> Tensor | None:

@@ -168,7 +168,7 @@ class Format:
     def _problems(self, slab: Tensor, importance: Tensor | None, shared: Parts, search: Search) -> Iterator[Problem]:
         """The blocks of a slab, in order: at once where the device has code of its own for them, else in chunks in torch."""
         own = accelerator(slab.device)
-        problem = None if own is None or importance is not None else own.problem(self, slab, shared, search)
+        problem = None if own is None else own.problem(self, slab, importance, shared, search)
         if problem is not None:
             yield problem
             return

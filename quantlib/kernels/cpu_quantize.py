@@ -137,31 +137,50 @@ class _Addresses:
         self.at = [0 if t is None else t.data_ptr() for t in self.tensors]
 
 
-class CpuProblem:
-    """The blocks of a weight [n, k] (quantlib.formats.search.Problem), each sum and each search being one pass over it."""
+def _importance(importance: Tensor | None) -> tuple[int, int]:
+    """The address of importances and how far a row is from the next, as the extension takes them."""
+    if importance is None:
+        return 0, 0
+    return importance.data_ptr(), importance.stride(0) if importance.dim() == 2 else 0
 
-    def __init__(self, fmt: Format, weight: Tensor, shared: Parts, coding: Any, extremes: tuple[Tensor, Tensor]) -> None:
+
+class CpuProblem:
+    """The blocks of a weight [n, k] (quantlib.formats.search.Problem), each sum and each search being one pass over it.
+
+    importance: [k] or [n, k] fp32 with contiguous columns, or None
+    """
+
+    def __init__(
+        self,
+        fmt: Format,
+        weight: Tensor,
+        importance: Tensor | None,
+        shared: Parts,
+        coding: Any,
+        extremes: tuple[Tensor, Tensor],
+    ) -> None:
         self.fmt, self.shared = fmt, shared
         self._weight, self._coding, self._extremes = weight, coding, extremes
+        self._importance = _importance(importance)
+        self._kept = importance  # for the address
 
     def extremes(self) -> tuple[Tensor, Tensor]:
         return self._extremes
 
     def true_error(self, fit: Effective) -> Tensor:
         numbers, error = _Addresses(fit), torch.empty_like(fit.scale)
-        _cpu.sums(self._coding, _native(self._weight), numbers.at, error.data_ptr(), [0, 0, 0, 0, 0], torch.get_num_threads())
+        self._sum(numbers, error.data_ptr(), [0] * 6)
         return error
 
     def moments(self, fit: Effective) -> Moments:
         numbers = _Addresses(fit)
-        vv, vw, ww, v, w = (torch.empty_like(fit.scale) for _ in range(5))
-        minimum = self.fmt.zero == "minimum"
-        wanted = [vv, vw, ww, v, w] if minimum else [vv, vw, ww]
-        addresses = [part.data_ptr() for part in wanted] + [0] * (5 - len(wanted))
-        _cpu.sums(self._coding, _native(self._weight), numbers.at, 0, addresses, torch.get_num_threads())
-        if not minimum:
-            return Moments(vv, vw, ww)
-        return Moments(vv, vw, ww, v, w, torch.full_like(w, self.fmt.block.cols or self.fmt.padded(self._weight.shape[1])))
+        wanted = [torch.empty_like(fit.scale) for _ in range(6 if self.fmt.zero == "minimum" else 3)]
+        self._sum(numbers, 0, [part.data_ptr() for part in wanted] + [0] * (6 - len(wanted)))
+        return Moments(*wanted)
+
+    def _sum(self, numbers: _Addresses, error: int, moments: list[int]) -> None:
+        weight = _native(self._weight)
+        _cpu.sums(self._coding, weight, self._importance, numbers.at, error, moments, torch.get_num_threads())
 
     def descend(self, first: Effective, candidates: Sequence[Effective], steps: int) -> Effective:
         fits = [_Addresses(fit) for fit in (first, *candidates)]
@@ -171,6 +190,7 @@ class CpuProblem:
         _cpu.search(
             self._coding,
             _native(self._weight),
+            self._importance,
             [fit.at for fit in fits],
             steps,
             1.0 if shared is None else float(shared),
@@ -189,9 +209,15 @@ class CpuAccelerator:
         found = _row_extremes(_rows_coding(weight.shape[1]), weight, 1)
         return None if found is None else (found[0].amin(), found[1].amax())
 
-    def problem(self, fmt: Format, weight: Tensor, shared: Parts, search: Search) -> CpuProblem | None:
+    def problem(
+        self, fmt: Format, weight: Tensor, importance: Tensor | None, shared: Parts, search: Search
+    ) -> CpuProblem | None:
         if not _readable(weight):
             return None
+        if importance is not None:
+            importance = importance.to(device=weight.device, dtype=torch.float32)
+            if importance.stride(-1) != 1 and importance.shape[-1] > 1:
+                importance = importance.contiguous()
         coding = coding_of(fmt, weight.shape[1])
         if coding is None or ((search == "mse" or fmt.divisors) and not self._sums(fmt, weight.shape[1])):
             return None
@@ -203,7 +229,7 @@ class CpuAccelerator:
         if fmt.block.rows != 1:
             padding = down * (fmt.block.rows or len(weight)) - len(weight)
             low, high = _over_rows(low, fmt, padding).amin(dim=-1), _over_rows(high, fmt, padding).amax(dim=-1)
-        return CpuProblem(fmt, weight, shared, coding, (low.reshape(-1), high.reshape(-1)))
+        return CpuProblem(fmt, weight, importance, shared, coding, (low.reshape(-1), high.reshape(-1)))
 
     @staticmethod
     def _sums(fmt: Format, k: int) -> bool:
