@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -208,7 +208,7 @@ def budget_bytes(budget: str, shapes: Mapping[str, tuple[int, int]]) -> int:
     raise QuantlibError(f"budget {budget!r} can't be read; write '4.5bpw', '80MB' or 'same size as nvfp4'")
 
 
-def output_weights(model: nn.Module, tokens: Tensor, layers: Iterable[str]) -> dict[str, Tensor]:
+def output_weights(model: nn.Module, tokens: Tensor, layers: Collection[str]) -> dict[str, Tensor]:
     """G [N] of every layer: the mean square, over positions, of d(sum of log-likelihoods)/d(its outputs), for tokens drawn from
     the model's own predictions (the diagonal of Fisher's information). Zero for a layer that wasn't reached."""
     sums: dict[str, Tensor] = {}
