@@ -2,6 +2,7 @@
 
     python -m bench.static                  check, compare with bench/results/compile-table.json; 1 where they differ
     python -m bench.static --update         check, write this Triton's table and docs/compile-table.md
+    python -m bench.static --sample 6       every sixth case, where a whole check has seen the same sources; else all
     python -m bench.static --only skinny    print what matches (--only, --format, --arch, --dtype, -m), compare with nothing
     python -m bench.static --only skinny --format nvfp4 --arch 90 --sass      and the main loop, instruction by instruction
 
@@ -28,7 +29,16 @@ from bench.static_chips import CHIPS
 from bench.static_compile import Compiled, Job, Row, compile_jobs
 from bench.static_decode import Decode
 from bench.static_families import FAMILIES, family_of, intended, sweep_cases
-from bench.static_table import Table, details, differences, read_tables, write_tables
+from bench.static_table import (
+    Table,
+    compiled_sources,
+    details,
+    differences,
+    read_tables,
+    sources_digest,
+    write_sources,
+    write_tables,
+)
 from quantlib.formats import get_format
 from quantlib.formats.packing import planes
 from quantlib.kernels import triton_launch
@@ -203,6 +213,7 @@ def main() -> int:
     """Run the check; 0 where nothing is wrong and nothing differs."""
     parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true", help="write the table instead of comparing with it")
+    parser.add_argument("--sample", type=int, default=1, help="compile one case of so many where no source has changed")
     parser.add_argument("--only", help="kernels whose names begin so")
     parser.add_argument("--format", help="formats whose names begin so")
     parser.add_argument("--dtype", help="dtypes of activations whose names begin so")
@@ -222,17 +233,35 @@ def main() -> int:
     if filtered:
         console = Console(width=None if sys.stdout.isatty() else 140)
         return 1 if [fault for result in _results(selected(options)) for fault in show(console, result, options.sass)] else 0
-    return _check(options.update)
+    if options.sample < 1 or (options.update and options.sample > 1):
+        parser.error("--sample is a whole number, and goes without --update")
+    return _check(options.update, options.sample)
 
 
-def _check(update: bool) -> int:
+def sampled(jobs: list[Job], every: int) -> list[Job]:
+    """One job of so many, spread over kernels and architectures: the first of each pair of them, and every such one on."""
+    kept, seen = [], dict[tuple[int, str], int]()
+    for job in jobs:
+        number = seen.get((job.arch, job.case.kernel), 0)
+        seen[job.arch, job.case.kernel] = number + 1
+        if number % every == 0:
+            kept.append(job)
+    return kept
+
+
+def _check(update: bool, every: int) -> int:
     version = triton_version()
-    table, wrong = compile_all(table_jobs())
+    unchanged = compiled_sources().get(version) == sources_digest()
+    part = every > 1 and unchanged
+    jobs = table_jobs()
+    table, wrong = compile_all(sampled(jobs, every) if part else jobs)
     tables = read_tables()
     if not wrong and update:
         write_tables({**tables, version: table})
     elif not update:
-        wrong += differences(version, table, tables)
+        wrong += differences(version, table, tables, part)
+    if not wrong and every == 1 and version in read_tables():
+        write_sources(version)
     print("\n".join(wrong))
     rows = sum(map(len, table.values()))
     print(f"Triton {version}: {rows} kernels compiled for {len(table)} architectures, {len(wrong)} faults")

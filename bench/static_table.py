@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -16,10 +17,34 @@ from bench.static_model import Prediction, predict
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "bench" / "results" / "compile-table.json"
+SOURCES = ROOT / "bench" / "results" / "compile-sources.json"
 PAGE = ROOT / "docs" / "compile-table.md"
+
+READ = ("triton_kernels/**/*.py", "quantlib/layouts/*.py", "quantlib/formats/*.py", "quantlib/kernels/*.py", "bench/static*.py",
+        "bench/sass.py")  # fmt: skip
+"""Files that a row can depend on."""
 
 Table = dict[str, dict[str, Row]]
 """sm_<arch> -> case name -> row."""
+
+
+def sources_digest() -> str:
+    """16 hex digits over every file of READ: while they stay as they were, so do the rows."""
+    found = hashlib.sha256()
+    for path in sorted(path for pattern in READ for path in ROOT.glob(pattern)):
+        found.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def compiled_sources() -> dict[str, str]:
+    """Triton version -> digest of the sources that its committed table was last compared with as a whole."""
+    return dict(json.loads(SOURCES.read_text())) if SOURCES.exists() else {}
+
+
+def write_sources(version: str) -> None:
+    """Note that this version's table is what the present sources compile to."""
+    known = compiled_sources() | {version: sources_digest()}
+    SOURCES.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
 
 
 def _row(stored: dict[str, Any]) -> Row:
@@ -51,8 +76,9 @@ def write_tables(tables: dict[str, Table]) -> None:
     PAGE.write_text(render(tables))
 
 
-def differences(version: str, table: Table, tables: dict[str, Table]) -> list[str]:
-    """Where a fresh table differs from the committed one of the same Triton version, or in its cases from any other."""
+def differences(version: str, table: Table, tables: dict[str, Table], part: bool = False) -> list[str]:
+    """Where a fresh table differs from the committed one of the same Triton version, or in its cases from any other. `part`: a
+    case that the fresh one lacks is no difference."""
     if version not in tables:
         known = ", ".join(sorted(tables)) or "none"
         print(f"the committed tables are of Triton {known}; with {version} figures aren't compared, only faults are looked for")
@@ -62,14 +88,18 @@ def differences(version: str, table: Table, tables: dict[str, Table]) -> list[st
         return [
             f"{arch}: other cases than the committed table"
             for arch in table
-            if set(table[arch]) != set(committed.get(arch, {}))
+            if (
+                not set(table[arch]) <= set(committed.get(arch, {}))
+                if part
+                else set(table[arch]) != set(committed.get(arch, {}))
+            )
         ]
     found = []
     for arch in sorted(set(table) | set(tables[version])):
         fresh, committed_rows = table.get(arch, {}), tables[version].get(arch, {})
         found += [
             f"{arch} {name}: committed {committed_rows.get(name)}, compiled {fresh.get(name)}"
-            for name in sorted(set(fresh) | set(committed_rows))
+            for name in sorted(set(fresh) if part else set(fresh) | set(committed_rows))
             if fresh.get(name) != committed_rows.get(name)
         ]
     return found

@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from bench import static
+from bench import static, static_table
 from bench.static_cases import ARCHS, Case
 from bench.static_cases import FORMATS as COMPILED_FORMATS
 from bench.static_chips import CHIPS
@@ -158,9 +159,38 @@ def test_the_slowest_resource_is_predicted() -> None:
     assert uneven.predicted > 1.9 * tensor.predicted
 
 
+def test_a_sample_holds_every_kernel_of_every_architecture() -> None:
+    jobs = static.table_jobs()
+    few = static.sampled(jobs, 6)
+    assert len(few) < len(jobs) / 3
+    assert {(job.arch, job.case.kernel) for job in few} == {(job.arch, job.case.kernel) for job in jobs}
+    assert static.sampled(jobs, 1) == jobs
+
+
+def test_a_part_of_the_table_may_lack_cases_and_not_change_them() -> None:
+    committed: Table = {"sm_80": {"a": GOOD, "b": GOOD}}
+    assert differences("3.9.0", {"sm_80": {"a": GOOD}}, {"3.9.0": committed}, part=True) == []
+    assert differences("3.9.0", {"sm_80": {"a": GOOD}}, {"3.9.0": committed})
+    assert differences("3.9.0", {"sm_80": {"a": replace(GOOD, registers=97)}}, {"3.9.0": committed}, part=True)
+    assert differences("3.9.0", {"sm_80": {"c": GOOD}}, {"3.9.0": committed}, part=True)
+
+
+def test_a_changed_source_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "triton_kernels").mkdir()
+    source = tmp_path / "triton_kernels" / "gemv.py"
+    source.write_text("a = 1\n")
+    monkeypatch.setattr(static_table, "ROOT", tmp_path)
+    before = static_table.sources_digest()
+    assert static_table.sources_digest() == before
+    source.write_text("a = 2\n")
+    assert static_table.sources_digest() != before
+    assert all(list(ROOT.glob(pattern)) for pattern in static_table.READ)
+
+
 @pytest.mark.slow
 def test_the_kernels_compile_to_the_committed_table() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.static"]
+    # Everything that could change a row is read for the digest; `make compile-check` compiles every row all the same.
+    command = [sys.executable, "-m", "bench.static", "--sample", "6"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
