@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +66,15 @@ def patch(
     resolved = _resolve_activations(activations)
     _validate(model, chosen, device, kernel, resolved)
     skipped = tuple(name for name in linear_layers(model) if name not in chosen)
+    training = {name: model.get_submodule(name).training for name in chosen}  # calibration evaluates
     rows: list[LayerReport] = []
     try:
-        with _progress(len(chosen), progress) as (watch, advance):
-            for found in _quantized(model, chosen, method, calibration, device, journal, watch):
-                rows.append(_install(model, found, resolved, device, kernel))
+        with (
+            _progress(len(chosen), progress) as (watch, advance),
+            closing(_quantized(model, chosen, method, calibration, device, journal, watch)) as layers,
+        ):
+            for found in layers:
+                rows.append(_install(model, found, training[found.name], resolved, device, kernel))
                 advance()
     except BaseException as error:
         rest = "call again with the same journal" if journal is not None else "reload the model before patching again"
@@ -166,7 +170,7 @@ def _quantized(
     device: torch.device | str | None,
     journal: str | Path | None,
     watch: Callable[[str], None],
-) -> Iterator[Quantized]:
+) -> Generator[Quantized]:
     """Every chosen layer's packed weight; the next one is made when the last is in its place."""
     if isinstance(calibration, Tensor):
         kept = None if journal is None else Journal(journal, _identity(model, chosen, method, calibration))
@@ -194,6 +198,7 @@ def _identity(model: nn.Module, chosen: dict[str, Format], method: Algorithm, to
 def _install(
     model: nn.Module,
     found: Quantized,
+    training: bool,
     activations: str | None,
     device: torch.device | str | None,
     kernel: str | None,
@@ -205,7 +210,7 @@ def _install(
     if weight.device != source.device:
         weight = weight.to(source.device)
     error, output_error = _errors(source, weight, found.inputs)
-    new = QuantLinear.from_quantized(weight, old.bias, old.weight.dtype, activations, kernel).train(old.training).prepare()
+    new = QuantLinear.from_quantized(weight, old.bias, old.weight.dtype, activations, kernel).train(training).prepare()
     _take_hooks(old, new)
     replace_module(model, old, new)
     return LayerReport(

@@ -238,8 +238,27 @@ def test_bad_calibration_data_is_named() -> None:
 def test_nan_activations_name_the_layer() -> None:
     model = llama()
     model.model.layers[1].input_layernorm.weight.data[3] = torch.nan
+    model.train()
     with pytest.raises(quantlib.QuantlibError, match=r"layers\.1\.self_attn\.q_proj: .* calibration activations are NaN"):
         quantlib.calibrate(model, tokens(), progress=False)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_run_that_breaks_off_leaves_modules_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama().train()
+    broken, quantize = model.get_submodule("model.layers.1.mlp.gate_proj").weight, GPTQ.quantize
+
+    def breaking(self: GPTQ, weight: Tensor, *arguments: Any) -> Any:
+        if weight.data_ptr() == broken.data_ptr():
+            raise KeyboardInterrupt
+        return quantize(self, weight, *arguments)
+
+    monkeypatch.setattr(GPTQ, "quantize", breaking)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        quantlib.patch(model, "int4-g32", algorithm="gptq", calibration=tokens(), progress=False)
+    assert "11 of 14 layers" in caught.value.__notes__[0]
+    assert all(module.training for module in model.modules())
+    assert not any("forward" in module.__dict__ or module._forward_pre_hooks for module in model.modules())
 
 
 class Words:

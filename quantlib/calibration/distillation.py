@@ -76,6 +76,8 @@ def tune_scales(
             f"{len(tokens)} samples are too few for steps of {batch_size} and {held_out} held-out samples (at least one): "
             "give more, or lower held_out"
         )
+    if not 0 < learning_rate < math.inf:
+        raise QuantlibError(f"learning_rate={learning_rate} must be a number above zero")
     check_tokens(model, tokens)
     started = time.perf_counter()
     training, judging = tokens[:-held_out], tokens[-held_out:]
@@ -199,6 +201,8 @@ def _train(
         if not math.isfinite(total):
             raise QuantlibError(f"the loss of step {number} is {total}: lower learning_rate, or look for NaN weights")
         optimizer.step()
+        if not all(bool(torch.isfinite(part).all()) for one in tuned for part in one.parameters):
+            raise QuantlibError(f"after step {number} scales are no numbers any more: lower learning_rate={learning_rate}")
         optimizer.zero_grad(set_to_none=True)
         yield total
 

@@ -3,7 +3,8 @@ before, so that later ones can make up for earlier ones ("true sequential")."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +41,7 @@ def quantize_in_sequence(
     device: torch.device | str | None = None,
     journal: Journal | None = None,
     watch: Callable[[str], None] = lambda text: None,
-) -> Iterator[Quantized]:
+) -> Generator[Quantized]:
     """Every chosen layer, in the order of calls. The caller puts each into the model before it asks for the next one.
 
     tokens   int64 [samples, length]; in a process group of torch.distributed all of them, of which each process takes its share
@@ -52,15 +53,16 @@ def quantize_in_sequence(
     tokens = own_share(tokens)
     batches = -(-len(tokens) // batch_size)
     left = dict(chosen)
-    for segment in walk(model, tokens, list(chosen), batch_size, device):
-        for stage in segment.stages:
-            inputs = None
-            if journal is None or not all(name in journal for name in stage):
-                watch(f"{segment.name or 'model'}: inputs of {', '.join(name.rpartition('.')[2] for name in stage)}")
-                inputs = stage_statistics(model, segment, stage, batches, method.needs)
-            for name in stage:
-                watch(name)
-                yield _one(model, name, left.pop(name), method, inputs, journal)
+    with closing(walk(model, tokens, list(chosen), batch_size, device)) as segments:
+        for segment in segments:
+            for stage in segment.stages:
+                inputs = None
+                if journal is None or not all(name in journal for name in stage):
+                    watch(f"{segment.name or 'model'}: inputs of {', '.join(name.rpartition('.')[2] for name in stage)}")
+                    inputs = stage_statistics(model, segment, stage, batches, method.needs)
+                for name in stage:
+                    watch(name)
+                    yield _one(model, name, left.pop(name), method, inputs, journal)
     for name, fmt in left.items():
         watch(name)
         yield _one(model, name, fmt, method, None, journal)

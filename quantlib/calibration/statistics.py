@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,8 +102,9 @@ def calibrate(
     tokens = own_share(tokens)
     found: dict[str, InputStatistics] = {}
     batches = -(-len(tokens) // batch_size)
-    for segment in shown(walk(model, tokens, wanted, batch_size), progress, "calibrating"):
-        found |= _all_stages(model, segment, batches, needs)
+    with closing(walk(model, tokens, wanted, batch_size)) as segments:
+        for segment in shown(segments, progress, "calibrating"):
+            found |= _all_stages(model, segment, batches, needs)
     for name in wanted:
         if name not in found:
             found[name] = InputStatistics.empty(model.get_submodule(name).in_features, needs)  # type: ignore[arg-type]

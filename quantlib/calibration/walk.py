@@ -8,7 +8,7 @@ and is taken from one whole run. A model without a chain of blocks is walked as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,9 +48,11 @@ class Segment:
 
 def walk(
     model: nn.Module, tokens: Tensor, names: Sequence[str], batch_size: int = 4, device: torch.device | str | None = None
-) -> Iterator[Segment]:
+) -> Generator[Segment]:
     """The model's segments that hold any of the linear layers `names`, in order; between two of them the walk runs the first
     one again, as it then is, to learn what reaches the second.
+
+    Close it where it isn't walked to its end: the model's modules are as before then.
 
     tokens  int64 [samples, length] (or whatever else the model takes, batched in its first dimension)
     device  where blocks run and stay afterwards; default: where they lie
