@@ -122,7 +122,12 @@ Parts make_parts(const Plan& plan, const py::dict& parts) {
             address<uint8_t>(parts, "super_minima", super && plan.has_minimum)};
 }
 
-template <Product KERNEL>
+constexpr char PAIRS[] = "products of bf16 pairs", LOOKUPS[] = "look-ups";
+
+bool run(bool (*kernel)(const LinearCall&), const LinearCall& call) { return kernel(call); }
+bool run(bool (*kernel)(const Joined<LinearCall>&), const LinearCall& call) { return kernel({&call, 1, false}); }
+
+template <auto KERNEL, const char* WHAT>
 void linear(const Plan& plan, const Parts& parts, int64_t m, const std::string& dtype, uintptr_t x, int64_t x_row_stride,
             int64_t x_column_stride, uintptr_t bias, uintptr_t y, int threads) {
     const LinearCall call = {&plan,         parts,
@@ -133,12 +138,9 @@ void linear(const Plan& plan, const Parts& parts, int64_t m, const std::string& 
                              reinterpret_cast<void*>(y),
                              threads};
     const auto chosen = kernels().*KERNEL;
-    if (chosen == nullptr) {
-        constexpr bool LOOKUP = KERNEL == &Kernels::lookup_dot || KERNEL == &Kernels::lookup_tile;
-        throw std::invalid_argument("the instruction set " + isa() + (LOOKUP ? " has no look-ups" : " has no products of bf16 pairs"));
-    }
+    if (chosen == nullptr) throw std::invalid_argument("the instruction set " + isa() + " has no " + WHAT);
     py::gil_scoped_release release;
-    if (!chosen(call)) throw std::bad_alloc();
+    if (!run(chosen, call)) throw std::bad_alloc();
 }
 
 using Range = std::pair<int64_t, int64_t>;
@@ -219,13 +221,13 @@ PYBIND11_MODULE(_cpu, module) {
         module.def(name, function, py::arg("plan"), py::arg("parts"), py::arg("m"), py::arg("dtype"), py::arg("x"),
                    py::arg("x_row_stride"), py::arg("x_column_stride"), py::arg("bias"), py::arg("y"), py::arg("threads"), text);
     };
-    define_product("linear", &linear<&Kernels::linear>,
+    define_product("linear", &linear<&Kernels::linear, PAIRS>,
                    "y[m, n] = x[m, k] W^T + bias; addresses of x, bias (fp32, or 0) and y, the latter contiguous.");
-    define_product("pairs_dot", &linear<&Kernels::pairs_dot>, "The same with codes of 2 to 6 or 8 bits as bf16 numbers.");
-    define_product("pairs_tile", &linear<&Kernels::pairs_tile>, "The same for bf16 x, with weights rounded to bf16.");
-    define_product("pairs_dgrad", &linear<&Kernels::pairs_dgrad>, "y[m, k] = x[m, n] W in bf16, without a bias.");
-    define_product("lookup_dot", &linear<&Kernels::lookup_dot>, "The same by byte look-ups, for few rows of x.");
-    define_product("lookup_tile", &linear<&Kernels::lookup_tile>, "The same for several rows of x, with weights decoded in fp32.");
+    define_product("pairs_dot", &linear<&Kernels::pairs_dot, PAIRS>, "The same with codes of 2 to 6 or 8 bits as bf16 numbers.");
+    define_product("pairs_tile", &linear<&Kernels::pairs_tile, PAIRS>, "The same for bf16 x, with weights rounded to bf16.");
+    define_product("pairs_dgrad", &linear<&Kernels::pairs_dgrad, PAIRS>, "y[m, k] = x[m, n] W in bf16, without a bias.");
+    define_product("lookup_dot", &linear<&Kernels::lookup_dot, LOOKUPS>, "The same by byte look-ups, for few rows of x.");
+    define_product("lookup_tile", &linear<&Kernels::lookup_tile, LOOKUPS>, "The same for several rows of x, with weights decoded in fp32.");
     module.def("dequantize", &dequantize, py::arg("plan"), py::arg("parts"), py::arg("rows"), py::arg("columns"),
                py::arg("dtype"), py::arg("out"), py::arg("threads"),
                "W[rows, columns], two (start, stop), in `dtype` at the address `out`, contiguous.");

@@ -1,7 +1,11 @@
 // Python's view of a Program: one method per kind of step; tensors cross as addresses.
 #include "bindings_program.h"
 
+#include <pybind11/stl.h>
+
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "program.h"
 #include "words.h"
@@ -18,12 +22,28 @@ constexpr std::pair<const char*, Product> PRODUCTS[] = {
 const void* from(uintptr_t address) { return reinterpret_cast<const void*>(address); }
 void* to(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
+// A weight, its bias and what becomes of it.
+using Quantized = std::tuple<const Plan*, const Parts*, uintptr_t, uintptr_t>;
+using Plain = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t>;  // and its n
+
 // One row of x.
-void product(Program& program, const std::string& kernel, const Plan& plan, const Parts& parts, const std::string& dtype,
-             uintptr_t x, uintptr_t bias, uintptr_t y, int threads) {
-    program.steps.push_back(ProductStep{parse(PRODUCTS, kernel),
-                                        {&plan, parts, 1, parse(DTYPES, dtype), from(x), plan.k, 1,
-                                         reinterpret_cast<const float*>(bias), to(y), threads}});
+void product(Program& program, const std::string& kernel, const std::vector<Quantized>& weights, const std::string& dtype,
+             uintptr_t x, bool gated, int threads) {
+    ProductStep step = {parse(PRODUCTS, kernel), {}, gated};
+    for (const auto& [plan, parts, bias, y] : weights) {
+        step.calls.push_back({plan, *parts, 1, parse(DTYPES, dtype), from(x), plan->k, 1, reinterpret_cast<const float*>(bias),
+                              to(y), threads});
+    }
+    if (!weights.empty()) program.steps.push_back(step);
+}
+
+void dense(Program& program, const std::vector<Plain>& weights, const std::string& dtype, uintptr_t x, int64_t k,
+           bool gated, int threads) {
+    DenseStep step = {{}, gated};
+    for (const auto& [weight, bias, y, n] : weights) {
+        step.calls.push_back({parse(DTYPES, dtype), from(weight), from(x), from(bias), to(y), n, k, threads});
+    }
+    if (!weights.empty()) program.steps.push_back(step);
 }
 
 void rotate(Program& program, const std::string& dtype, uintptr_t x, uintptr_t cosine, uintptr_t sine, uintptr_t y,
@@ -48,8 +68,9 @@ void bind_program(py::module_& module) {
         .def("embed", [](Program& program, uintptr_t table, uintptr_t y, int64_t rows, int64_t row_bytes) {
             program.steps.push_back(EmbedStep{from(table), to(y), rows, row_bytes});
         })
-        // The plan's own address is kept.
+        // The plans' own addresses are kept, by the tuple that they come in.
         .def("product", &product, py::keep_alive<1, 3>())
+        .def("dense", &dense)
         .def("norm", [](Program& program, const std::string& dtype, uintptr_t x, uintptr_t weight, uintptr_t y, int64_t rows,
                         int64_t width, float epsilon) {
             program.steps.push_back(NormCall{parse(DTYPES, dtype), from(x), from(weight), to(y), rows, width, epsilon});
@@ -61,10 +82,6 @@ void bind_program(py::module_& module) {
         })
         .def("add", [](Program& program, const std::string& dtype, uintptr_t x, uintptr_t y, int64_t count) {
             program.steps.push_back(AddCall{parse(DTYPES, dtype), from(x), to(y), count});
-        })
-        .def("dense", [](Program& program, const std::string& dtype, uintptr_t weight, uintptr_t x, uintptr_t bias, uintptr_t y,
-                         int64_t n, int64_t k, int threads) {
-            program.steps.push_back(DenseCall{parse(DTYPES, dtype), from(weight), from(x), from(bias), to(y), n, k, threads});
         })
         .def("run", &Program::run, py::arg("token"), py::arg("position"), py::call_guard<py::gil_scoped_release>());
     py::list products;

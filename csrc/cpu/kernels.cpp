@@ -12,7 +12,7 @@
 #if QUANTLIB_ISA_LEVEL == 1 || QUANTLIB_ISA_LEVEL == 2
 // lookup.cpp, compiled for AVX2 alone: it serves AVX-512 without BF16 too.
 namespace quantlib::cpu::avx2 {
-bool lookup_dot(const LinearCall& call);
+bool lookup_dot(const Joined<LinearCall>& joined);
 bool lookup_tile(const LinearCall& call);
 }  // namespace quantlib::cpu::avx2
 #endif

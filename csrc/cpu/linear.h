@@ -103,47 +103,49 @@ struct LinearWork {
     }
 };
 
-inline bool linear(const LinearCall& call) {
-    const Plan& plan = *call.plan;
-    if (call.m == 0 || plan.n == 0) return true;
-    const int64_t columns = round_up(plan.k, CHUNK);
-    const int threads = useful_threads(plan.n * columns * call.m, call.threads);
+inline bool linear(const Joined<LinearCall>& joined) {
+    const LinearCall& first = joined.calls[0];
+    const Plan& plan = *first.plan;
+    const int64_t columns = round_up(plan.k, CHUNK), rows = rows_of(joined), m_count = first.m;
+    if (m_count == 0 || rows == 0) return true;
+    const int threads = useful_threads(rows * columns * m_count, first.threads);
     const int64_t numbers_floats = round_up(numbers_size(plan), LANES);
-    const int64_t chain_floats = ROWS * call.m * 2 * LANES;
+    const int64_t chain_floats = ROWS * m_count * 2 * LANES;
     const int64_t thread_floats = ROWS * (numbers_floats + BLOCK) + chain_floats;
     // Rows a multiple of 4096 bytes apart would all compete for the same few sets of the first-level cache.
     const int64_t x_stride = columns + CHUNK;
-    const Scratch x(call.m * x_stride), scratch(threads * thread_floats);
+    const Scratch x(m_count * x_stride), scratch(threads * thread_floats);
     if (x.floats == nullptr || scratch.floats == nullptr) return false;
 
-    for (int64_t m = 0; m < call.m; ++m) {
-        const uint8_t* from = static_cast<const uint8_t*>(call.x) + m * call.x_row_stride * item_size(call.dtype);
+    for (int64_t m = 0; m < m_count; ++m) {
+        const uint8_t* from = static_cast<const uint8_t*>(first.x) + m * first.x_row_stride * item_size(first.dtype);
         float* to = x.floats + m * x_stride;
-        read_strided(call.dtype, from, call.x_column_stride, plan.k, to);
+        read_strided(first.dtype, from, first.x_column_stride, plan.k, to);
         memset(to + plan.k, 0, (columns - plan.k) * sizeof(float));
     }
 
-    const LinearWork work{call, x.floats, columns, x_stride, pick_loop<DotSink>(plan), pick_loop<StoreSink>(plan)};
-    const int64_t step = call.m == 1 ? 1 : ROWS;
-    const int64_t steps = (plan.n + step - 1) / step;
+    const DecodeLoop<DotSink> dot_loop = pick_loop<DotSink>(plan);
+    const DecodeLoop<StoreSink> store_loop = pick_loop<StoreSink>(plan);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int part = 0; part < threads; ++part) {
         float* memory = scratch.floats + part * thread_floats;
         RowNumbers numbers[ROWS];
         for (int r = 0; r < ROWS; ++r) numbers[r] = carve_numbers(plan, memory + r * numbers_floats);
         float* decoded = memory + ROWS * numbers_floats;
-        for (int64_t s = steps * part / threads; s < steps * (part + 1) / threads; ++s) {
-            const int64_t row = s * step;
-            if (call.m == 1) {
-                work.one_row(row, numbers[0]);
-            } else if (row + ROWS <= plan.n) {
+        for_rows(joined, part, threads, [&](const LinearCall& call, int64_t start, int64_t stop) {
+            const LinearWork work{call, x.floats, columns, x_stride, dot_loop, store_loop};
+            int64_t row = start;
+            for (; m_count > 1 && row + ROWS <= stop; row += ROWS) {
                 work.template several_rows<ROWS>(row, numbers, decoded, decoded + ROWS * BLOCK);
-            } else {
-                for (int64_t r = row; r < plan.n; ++r) {
-                    work.template several_rows<1>(r, numbers, decoded, decoded + ROWS * BLOCK);
+            }
+            for (; row < stop; ++row) {
+                if (m_count == 1) {
+                    work.one_row(row, numbers[0]);
+                } else {
+                    work.template several_rows<1>(row, numbers, decoded, decoded + ROWS * BLOCK);
                 }
             }
-        }
+        });
     }
     return true;
 }

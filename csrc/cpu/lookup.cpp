@@ -4,7 +4,7 @@
 
 namespace quantlib::cpu::QUANTLIB_ISA {
 
-bool lookup_dot(const LinearCall& call) { return multiply_dots(call); }
+bool lookup_dot(const Joined<LinearCall>& joined) { return multiply_dots(joined); }
 bool lookup_tile(const LinearCall& call) { return multiply_tiles(call); }
 
 }  // namespace quantlib::cpu::QUANTLIB_ISA

@@ -188,23 +188,26 @@ inline LookupX arrange_x(const LinearCall& call, const Codes& codes, const SpanL
     return {numbers, stride, sums, biases, spans};
 }
 
-inline bool multiply_dots(const LinearCall& call) {
-    const Plan& plan = *call.plan;
-    if (call.m == 0 || plan.n == 0) return true;
-    const int64_t spans = spans_of(plan.k);
-    const int threads = useful_threads(plan.n * spans * SPAN * call.m, call.threads);
+inline bool multiply_dots(const Joined<LinearCall>& joined) {
+    const LinearCall& first = joined.calls[0];
+    const Plan& plan = *first.plan;
+    const int64_t spans = spans_of(plan.k), rows = rows_of(joined);
+    if (first.m == 0 || rows == 0) return true;
+    const int threads = useful_threads(rows * spans * SPAN * first.m, first.threads);
     const Run run(plan, spans * SPAN);
-    const int64_t thread_floats = DotMemory::size(call, run);
-    const Scratch numbers(call.m * x_stride_of(spans)), sums(call.m * spans * 3 * LANES), scratch(threads * thread_floats);
+    const int64_t thread_floats = DotMemory::size(first, run);
+    const Scratch numbers(first.m * x_stride_of(spans)), sums(first.m * spans * 3 * LANES), scratch(threads * thread_floats);
     if (numbers.floats == nullptr || sums.floats == nullptr || scratch.floats == nullptr) return false;
 
-    with_places(plan, call.dtype == DType::bfloat16, [&](const auto& codes, const auto& lanes, auto shifted) {
-        const LookupDot work{call, arrange_x(call, codes, lanes, spans, numbers.floats, sums.floats), spans};
+    with_places(plan, first.dtype == DType::bfloat16, [&](const auto& codes, const auto& lanes, auto shifted) {
+        const LookupX x = arrange_x(first, codes, lanes, spans, numbers.floats, sums.floats);
 #pragma omp parallel for schedule(static) num_threads(threads)
         for (int part = 0; part < threads; ++part) {
-            const DotMemory memory(call, run, scratch.floats + part * thread_floats);
-            work.template rows<decltype(shifted)::shift>(codes, lanes, plan.n * part / threads, plan.n * (part + 1) / threads,
-                                                         memory);
+            const DotMemory memory(first, run, scratch.floats + part * thread_floats);
+            for_rows(joined, part, threads, [&](const LinearCall& call, int64_t start, int64_t stop) {
+                const LookupDot work{call, x, spans};
+                work.template rows<decltype(shifted)::shift>(codes, lanes, start, stop, memory);
+            });
         }
     });
     return true;

@@ -32,32 +32,56 @@ inline void read_super_run(const Planes& planes, int64_t run, const uint8_t* uni
     }
 }
 
-// The same over one row; `to` has room for whole runs (row_capacity), and behind the last code gets what means nothing.
-inline void read_super_runs(const Plan& plan, const uint8_t* codes, const uint8_t* units, int64_t row, float* to) {
-    const int64_t across = plan.blocks_across, whole = across / SUPER_RUN, rest = across % SUPER_RUN;
-    const Planes planes = planes_of(SUPER_BITS, codes + row * (across * SUPER_BITS / 8), across);
-    const uint8_t* unit = units + row * (across / SUPER_COUNT) * 2;
-    const Floats offset = broadcast(plan.super_offset);
-    for (int64_t run = 0; run < whole; ++run, unit += SUPER_RUN / SUPER_COUNT * 2) {
-        read_super_run(planes, run, unit, offset, to + run * SUPER_RUN);
+// The same for `count` codes, a multiple of eight; `to` has room for whole runs, and behind the last code gets what means nothing.
+inline void read_super_runs(const Planes& planes, const uint8_t* units, int64_t count, Floats offset, float* to) {
+    const int64_t whole = count / SUPER_RUN, rest = count % SUPER_RUN;
+    for (int64_t run = 0; run < whole; ++run, units += SUPER_RUN / SUPER_COUNT * 2) {
+        read_super_run(planes, run, units, offset, to + run * SUPER_RUN);
     }
     if (rest == 0) return;
-    // From a copy, so that no byte beyond the row is read.
+    // From a copy, so that no byte beyond the codes is read.
     uint8_t tail[2][SUPER_RUN] = {}, tail_units[SUPER_RUN / SUPER_COUNT * 2] = {};
     for (int i = 0; i < 2; ++i) {
         const int width = PLANE_WIDTHS[SUPER_BITS][i];
         memcpy(tail[i], planes.plane[i] + whole * (SUPER_RUN * width / 8), rest * width / 8);
     }
-    memcpy(tail_units, unit, rest / SUPER_COUNT * 2);
+    memcpy(tail_units, units, rest / SUPER_COUNT * 2);
     read_super_run({{tail[0], tail[1], nullptr}}, 0, tail_units, offset, to + whole * SUPER_RUN);
+}
+
+// The same for `rows` rows of blocks from `row` on, one after another. The planes of rows shorter than a run are moved together
+// first: most of each run would be empty.
+inline void read_super_rows(const Plan& plan, const uint8_t* codes, const uint8_t* units, int64_t row, int64_t rows, float* to) {
+    constexpr int LOW = PLANE_WIDTHS[SUPER_BITS][0], HIGH = PLANE_WIDTHS[SUPER_BITS][1];  // bytes for eight codes
+    const int64_t across = plan.blocks_across, supers = across / SUPER_COUNT, row_bytes = across * SUPER_BITS / 8;
+    const Floats offset = broadcast(plan.super_offset);
+    codes += row * row_bytes, units += row * supers * 2;
+    if (across >= SUPER_RUN || rows == 1) {
+        for (int64_t r = 0; r < rows; ++r) {
+            const Planes planes = planes_of(SUPER_BITS, codes + r * row_bytes, across);
+            read_super_runs(planes, units + r * supers * 2, across, offset, to + r * across);
+        }
+        return;
+    }
+    uint8_t low[Run::MOST_ROWS * SUPER_RUN / SUPER_COUNT * LOW], high[Run::MOST_ROWS * SUPER_RUN / SUPER_COUNT * HIGH];
+    uint8_t *next_low = low, *next_high = high;
+    for (int64_t r = 0; r < rows; ++r) {
+        const Planes planes = planes_of(SUPER_BITS, codes + r * row_bytes, across);
+        for (int64_t s = 0; s < supers; ++s, next_low += LOW, next_high += HIGH) {
+            memcpy(next_low, planes.plane[0] + s * LOW, LOW);
+            memcpy(next_high, planes.plane[1] + s * HIGH, HIGH);
+        }
+    }
+    read_super_runs({{low, high, nullptr}}, units, rows * across, offset, to);
 }
 
 // Fill `numbers` for `rows` rows from `row` on, in units of the decoder.
 inline void expand_lookup(const Plan& plan, const Parts& parts, int64_t row, int64_t rows, const Run& run, float unit,
                           const RowNumbers& numbers) {
     if (has_super_runs(plan)) {
-        read_super_runs(plan, parts.scales, parts.super_scales, row, numbers.scale);
-        if (plan.has_minimum) read_super_runs(plan, parts.minima, parts.super_minima, row, numbers.minimum);
+        read_super_rows(plan, parts.scales, parts.super_scales, row, rows, numbers.scale);
+        if (plan.has_minimum) read_super_rows(plan, parts.minima, parts.super_minima, row, rows, numbers.minimum);
+        if (rows > 1) fetch_rows(plan, parts, row + rows, rows);
     } else {
         expand_run(plan, parts, row, rows, run, numbers);
     }

@@ -131,31 +131,34 @@ struct PairsDot {
     }
 };
 
-inline bool pairs_dot(const LinearCall& call) {
-    const Plan& plan = *call.plan;
-    if (call.m == 0 || plan.n == 0) return true;
-    const int64_t spans = spans_of(plan.k), planes = planes_in(call.dtype);
+inline bool pairs_dot(const Joined<LinearCall>& joined) {
+    const LinearCall& first = joined.calls[0];
+    const Plan& plan = *first.plan;
+    const int64_t spans = spans_of(plan.k), planes = planes_in(first.dtype), rows = rows_of(joined);
+    if (first.m == 0 || rows == 0) return true;
     // Rows a multiple of 4096 bytes apart would all compete for the same few sets of the first-level cache.
     const int64_t row_words = planes * spans * SPAN + WORDS;
-    const int threads = useful_threads(plan.n * spans * SPAN * call.m, call.threads);
+    const int threads = useful_threads(rows * spans * SPAN * first.m, first.threads);
     const Run run(plan, spans * SPAN);
     const bool shifted = shift_of(plan) != Shift::none;
     const int64_t sums_stride = shifted ? spans * LANES : 0;
-    const int64_t thread_floats = DotMemory::size(call, run);
-    const Scratch words(call.m * row_words / 2), sums(call.m * sums_stride), scratch(threads * thread_floats);
+    const int64_t thread_floats = DotMemory::size(first, run);
+    const Scratch words(first.m * row_words / 2), sums(first.m * sums_stride), scratch(threads * thread_floats);
     if (words.floats == nullptr || sums.floats == nullptr || scratch.floats == nullptr) return false;
 
     uint16_t* arranged = reinterpret_cast<uint16_t*>(words.floats);
-    for (int64_t m = 0; m < call.m; ++m) {
-        arrange_row<false>(call, m, spans, arranged + m * row_words);
+    for (int64_t m = 0; m < first.m; ++m) {
+        arrange_row<false>(first, m, spans, arranged + m * row_words);
         if (shifted) sum_lanes(arranged + m * row_words, planes, spans, sums.floats + m * sums_stride);
     }
     const PairsX x = {arranged, row_words, spans * SPAN, sums.floats, sums_stride};
-    const PairsDot work{call, x, spans};
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int part = 0; part < threads; ++part) {
-        const DotMemory memory(call, run, scratch.floats + part * thread_floats);
-        work.rows(plan.n * part / threads, plan.n * (part + 1) / threads, memory);
+        const DotMemory memory(first, run, scratch.floats + part * thread_floats);
+        for_rows(joined, part, threads, [&](const LinearCall& call, int64_t start, int64_t stop) {
+            const PairsDot work{call, x, spans};
+            work.rows(start, stop, memory);
+        });
     }
     return true;
 }

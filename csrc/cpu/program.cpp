@@ -27,7 +27,7 @@ struct Runner {
     bool operator()(const ProductStep& step) const {
         const auto kernel = kernels.*step.kernel;
         if (kernel == nullptr) throw std::invalid_argument("the instruction set " + isa() + " lacks a product of the program");
-        return kernel(step.call);
+        return kernel({step.calls.data(), int64_t(step.calls.size()), step.gated});
     }
 
     bool operator()(const RotateStep& step) const {
@@ -50,7 +50,9 @@ struct Runner {
     bool operator()(const NormCall& call) const { return kernels.rms_norm(call); }
     bool operator()(const GateCall& call) const { return kernels.gate(call); }
     bool operator()(const AddCall& call) const { return kernels.add_to(call); }
-    bool operator()(const DenseCall& call) const { return kernels.dense(call); }
+    bool operator()(const DenseStep& step) const {
+        return kernels.dense({step.calls.data(), int64_t(step.calls.size()), step.gated});
+    }
 };
 
 }  // namespace

@@ -12,7 +12,7 @@
 
 namespace quantlib::cpu {
 
-using Product = bool (*Kernels::*)(const LinearCall&);
+using Product = bool (*Kernels::*)(const Joined<LinearCall>&);
 
 // Row `token` of a table -> y.
 struct EmbedStep {
@@ -21,9 +21,16 @@ struct EmbedStep {
     int64_t rows, row_bytes;
 };
 
+// Products with the same x, as in Joined.
 struct ProductStep {
     Product kernel;
-    LinearCall call;
+    std::vector<LinearCall> calls;
+    bool gated;
+};
+
+struct DenseStep {
+    std::vector<DenseCall> calls;
+    bool gated;
 };
 
 // Of the token's position: angles, and the place in a cache [heads, capacity, width], move with it.
@@ -36,7 +43,7 @@ struct AttentionStep {
     AttentionCall call;
 };
 
-using Step = std::variant<EmbedStep, ProductStep, NormCall, RotateStep, AttentionStep, GateCall, AddCall, DenseCall>;
+using Step = std::variant<EmbedStep, ProductStep, NormCall, RotateStep, AttentionStep, GateCall, AddCall, DenseStep>;
 
 struct Program {
     int64_t capacity;  // positions

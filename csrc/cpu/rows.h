@@ -2,6 +2,7 @@
 #pragma once
 
 #include "codes.h"
+#include "gate.h"
 
 namespace quantlib::cpu::QUANTLIB_ISA {
 
@@ -155,6 +156,32 @@ inline void multiply_row_pairs(const LinearCall& call, int64_t start, int64_t st
         write_products(call, first, count, memory.values, DOT_ROWS * WRITE_ROWS);
         write_products(call, second, least(count, stop - second), memory.values + WRITE_ROWS, DOT_ROWS * WRITE_ROWS);
     }
+}
+
+// Rows of one weight, and of all that are joined.
+inline int64_t rows_of(const LinearCall& call) { return call.plan->n; }
+inline int64_t rows_of(const DenseCall& call) { return call.n; }
+template <class Call>
+inline int64_t rows_of(const Joined<Call>& joined) {
+    int64_t rows = 0;
+    for (int64_t i = 0; i < joined.count; ++i) rows += rows_of(joined.calls[i]);
+    return rows;
+}
+
+// Call rows(call, start, stop) for what one of `threads` threads does: its share of every weight. Of weights of one height it has
+// the same rows, so that it need not wait for others to combine them.
+template <class Call, class Rows>
+inline void for_rows(const Joined<Call>& joined, int part, int threads, Rows rows) {
+    for (int64_t i = 0; i < joined.count; ++i) {
+        const Call& call = joined.calls[i];
+        const int64_t n = rows_of(call);
+        rows(call, n * part / threads, n * (part + 1) / threads);
+    }
+    if (!joined.gated) return;
+    const Call &first = joined.calls[0], &second = joined.calls[1];
+    const int64_t n = rows_of(first), start = n * part / threads, stop = n * (part + 1) / threads;
+    uint8_t* const y = at(first.y, first.dtype, start);
+    gate({first.dtype, y, at(second.y, second.dtype, start), y, stop - start});
 }
 
 // A thread costs microseconds to wake: none for less than `grain` weights times rows of x.

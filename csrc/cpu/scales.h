@@ -75,7 +75,7 @@ inline void scale_supers(float* to, const float* units, int64_t count, float off
     }
 }
 
-inline void read_super(const Plan& plan, const uint8_t* codes, const uint8_t* units, int64_t block_row, float* to) {
+inline void read_super_row(const Plan& plan, const uint8_t* codes, const uint8_t* units, int64_t block_row, float* to) {
     const int64_t across = plan.blocks_across, supers = across / plan.super_count;
     read_integers(plan.super_bits, codes + block_row * ((across * plan.super_bits + 7) / 8), across, to);
     const uint8_t* unit_row = units + block_row * supers * 2;
@@ -99,7 +99,12 @@ inline void read_super(const Plan& plan, const uint8_t* codes, const uint8_t* un
     }
 }
 
-// Those of `rows` rows of blocks, one after another; of K-quants, one row only.
+// Row by row, because each row's codes are packed by themselves. `to` has a chunk to spare.
+inline void read_super(const Plan& plan, const uint8_t* codes, const uint8_t* units, int64_t block_row, int64_t rows, float* to) {
+    for (int64_t r = 0; r < rows; ++r) read_super_row(plan, codes, units, block_row + r, to + r * plan.blocks_across);
+}
+
+// Those of `rows` rows of blocks, one after another.
 inline void read_scales(const Plan& plan, const Parts& parts, int64_t block_row, int64_t rows, float* to) {
     const int64_t count = plan.blocks_across * rows, first = block_row * plan.blocks_across;
     switch (plan.scale) {
@@ -112,12 +117,12 @@ inline void read_scales(const Plan& plan, const Parts& parts, int64_t block_row,
         case ScaleKind::double_quant:
             return read_double_quant(plan, parts, first, count, to);
         case ScaleKind::super:
-            return read_super(plan, parts.scales, parts.super_scales, block_row, to);
+            return read_super(plan, parts.scales, parts.super_scales, block_row, rows, to);
     }
 }
 
 inline void read_minima(const Plan& plan, const Parts& parts, int64_t block_row, int64_t rows, float* to) {
-    if (plan.scale == ScaleKind::super) return read_super(plan, parts.minima, parts.super_minima, block_row, to);
+    if (plan.scale == ScaleKind::super) return read_super(plan, parts.minima, parts.super_minima, block_row, rows, to);
     const int64_t first = block_row * plan.blocks_across;
     read_numbers(plan.scale_dtype, parts.minima + first * item_size(plan.scale_dtype), plan.blocks_across * rows, to);
 }
@@ -173,15 +178,31 @@ struct Run {
         const int piece = plan.span_piece;
         repeats = plan.block_cols == 0 ? (columns + piece - 1) / piece : plan.block_cols / piece;
         const int64_t pieces = repeats * plan.blocks_across;
-        if (plan.scale == ScaleKind::super || plan.block_rows != 1 || pieces == 0 || pieces * piece < columns) return;
+        if (plan.block_rows != 1 || pieces == 0 || pieces * piece < columns) return;
         rows = most(1, least(MOST_ROWS, MOST_PIECES / pieces));
         stride = pieces;
     }
-    int64_t capacity(const Plan& plan) const { return most(row_capacity(plan), round_up(rows * stride, CHUNK) + CHUNK); }
+    // With 64 to spare: whoever expands a row may write so many at once.
+    int64_t capacity(const Plan& plan) const { return most(row_capacity(plan), round_up(rows * stride, CHUNK) + 64); }
 
-  private:
     static constexpr int64_t MOST_ROWS = 16, MOST_PIECES = 1024;  // 4 KB: the first-level cache holds x and codes besides
 };
+
+// Ask for what the numbers of `rows` rows from `row` on will be made of.
+inline void fetch_rows(const Plan& plan, const Parts& parts, int64_t row, int64_t rows) {
+    const auto fetch_blocks = [&](const uint8_t* from, int64_t row_bytes) {
+        for (int64_t byte = 0; byte < rows * row_bytes; byte += 64) __builtin_prefetch(from + row * row_bytes + byte);
+    };
+    const int64_t across = plan.blocks_across;
+    const bool super = plan.scale == ScaleKind::super;
+    const int64_t bits = super ? plan.super_bits : plan.scale == ScaleKind::number ? 8 * item_size(plan.scale_dtype) : 8;
+    const int64_t row_bytes = (across * bits + 7) / 8, unit_bytes = super ? across / plan.super_count * 2 : 0;
+    fetch_blocks(parts.scales, row_bytes);
+    if (super) fetch_blocks(parts.super_scales, unit_bytes);
+    if (plan.has_zero) fetch_blocks(parts.zeros, across);
+    if (plan.has_minimum) fetch_blocks(parts.minima, row_bytes);
+    if (plan.has_minimum && super) fetch_blocks(parts.super_minima, unit_bytes);
+}
 
 // Fill `numbers` for `rows` rows from `row` on, of which a Run allows so many.
 inline void expand_run(const Plan& plan, const Parts& parts, int64_t row, int64_t rows, const Run& run, const RowNumbers& numbers) {
@@ -195,15 +216,7 @@ inline void expand_run(const Plan& plan, const Parts& parts, int64_t row, int64_
         }
     };
     read_numbers_of(plan, parts, row, rows, numbers, expand);
-    // What the next run will read.
-    const int64_t first = (row + rows) * plan.blocks_across, count = rows * plan.blocks_across;
-    const auto fetch_blocks = [&](const uint8_t* from, int64_t size) {
-        for (int64_t byte = 0; byte < count * size; byte += 64) __builtin_prefetch(from + first * size + byte);
-    };
-    const int64_t size = plan.scale == ScaleKind::number ? item_size(plan.scale_dtype) : 1;
-    fetch_blocks(parts.scales, size);
-    if (plan.has_zero) fetch_blocks(parts.zeros, 1);
-    if (plan.has_minimum) fetch_blocks(parts.minima, size);
+    fetch_rows(plan, parts, row + rows, rows);
 }
 
 }  // namespace quantlib::cpu::QUANTLIB_ISA

@@ -59,6 +59,15 @@ struct LinearCall {
     int threads;
 };
 
+// Products that read the same x, in one step: calls that differ in their weight's n, and in weight, bias and y. A quantized weight
+// has the format of the first.
+template <class Call>
+struct Joined {
+    const Call* calls;
+    int64_t count;  // at least one
+    bool gated;     // two of one n and one row of x: then the first's y becomes silu(y) times the second's
+};
+
 struct DequantizeCall {
     const Plan* plan;
     Parts parts;
@@ -86,11 +95,11 @@ struct DenseCall;
 // Those that return bool return false where scratch memory could not be had. Those with `pairs` are null where an instruction
 // set has no products of bf16 pairs, those with `lookup` where it has no byte look-ups, or products of pairs instead.
 struct Kernels {
-    bool (*linear)(const LinearCall&);
-    bool (*pairs_dot)(const LinearCall&);
+    bool (*linear)(const Joined<LinearCall>&);
+    bool (*pairs_dot)(const Joined<LinearCall>&);
     bool (*pairs_tile)(const LinearCall&);
     bool (*pairs_dgrad)(const LinearCall&);  // x is dY [m, n], y is dX [m, k]
-    bool (*lookup_dot)(const LinearCall&);
+    bool (*lookup_dot)(const Joined<LinearCall>&);
     bool (*lookup_tile)(const LinearCall&);
     bool (*dequantize)(const DequantizeCall&);
     Outcome (*extremes)(const ExtremesCall&);
@@ -102,7 +111,7 @@ struct Kernels {
     bool (*attention)(const AttentionCall&);
     bool (*gate)(const GateCall&);
     bool (*add_to)(const AddCall&);
-    bool (*dense)(const DenseCall&);
+    bool (*dense)(const Joined<DenseCall>&);
 };
 
 }  // namespace quantlib::cpu

@@ -7,7 +7,7 @@ through the model itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from quantlib import dispatch
 from quantlib.errors import QuantlibError
+from quantlib.formats.base import Format
 from quantlib.kernels.base import get_declaration
-from quantlib.kernels.cpu_program import Program, function_of
+from quantlib.kernels.cpu_program import Program, Term, function_of
 from quantlib.nn import QuantLinear
+from quantlib.tensor import QuantizedTensor
 
 MODELS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Models whose forward pass is the one that `_Builder` lists."""
@@ -210,13 +212,14 @@ class _Builder:
             self._norm(layer.post_attention_layernorm, hidden, normed)
             self.program.add(self._feed_forward(f"model.layers.{index}.mlp", layer.mlp, normed), hidden)
         self._norm(base.norm, hidden, normed)
-        return self.program, self._linear("lm_head", self.model.lm_head, normed)
+        (logits,) = self._linears(normed, {"lm_head": self.model.lm_head})
+        return self.program, logits
 
     def _norm(self, module: Any, x: Tensor, y: Tensor) -> None:
         self.program.norm(x, module.weight.detach(), y, module.variance_epsilon)
 
     def _attention(self, name: str, module: Any, x: Tensor, index: int) -> Tensor:
-        q, k, v = (self._linear(f"{name}.{part}", getattr(module, part), x) for part in ("q_proj", "k_proj", "v_proj"))
+        q, k, v = self._parts(name, module, ("q_proj", "k_proj", "v_proj"), x)
         keys, values = self.caches[index]
         for norm, heads in (("q_norm", q), ("k_norm", k)):
             if hasattr(module, norm):
@@ -226,26 +229,41 @@ class _Builder:
         self.program.rotate(v, self.width, None, values)
         y = self._new(q.numel())
         self.program.attention(q, keys, values, y, module.scaling)
-        return self._linear(f"{name}.o_proj", module.o_proj, y)
+        return self._parts(name, module, ("o_proj",), y)[0]
 
     def _feed_forward(self, name: str, module: Any, x: Tensor) -> Tensor:
-        gate, up = (self._linear(f"{name}.{part}", getattr(module, part), x) for part in ("gate_proj", "up_proj"))
-        self.program.gate(gate, up, gate)
-        return self._linear(f"{name}.down_proj", module.down_proj, gate)
+        gated, _ = self._parts(name, module, ("gate_proj", "up_proj"), x, gated=True)
+        return self._parts(name, module, ("down_proj",), gated)[0]
 
-    def _linear(self, name: str, module: nn.Module, x: Tensor) -> Tensor:
-        """The product of a layer, into a new tensor."""
-        if module._forward_hooks or module._forward_pre_hooks or type(module) not in (QuantLinear, nn.Linear):
-            what = "has hooks" if type(module) in (QuantLinear, nn.Linear) else f"is a {type(module).__name__}"
-            raise QuantlibError(f"a Decoder calls plain linear layers; {name} {what}: use model.generate")
-        assert isinstance(module, nn.Linear)
-        y = self._new(module.out_features)
-        bias = None if module.bias is None else module.bias.detach()
-        if isinstance(module, QuantLinear):
-            self.program.product(module.qweight, self._function(name, module), x, bias, y)
-        else:
-            self.program.dense(module.weight.detach(), x, bias, y)
-        return y
+    def _parts(self, name: str, module: Any, parts: Sequence[str], x: Tensor, gated: bool = False) -> list[Tensor]:
+        return self._linears(x, {f"{name}.{part}": getattr(module, part) for part in parts}, gated)
+
+    def _linears(self, x: Tensor, modules: dict[str, nn.Module], gated: bool = False) -> list[Tensor]:
+        """The products of layers that read the same x, into new tensors: one step for those of one kernel and format. `gated`:
+        of two layers, and the first tensor becomes silu of it times the second."""
+        quantized: dict[tuple[str, Format], list[Term[QuantizedTensor]]] = {}
+        plain: list[Term[Tensor]] = []
+        ys = []
+        for name, module in modules.items():
+            if module._forward_hooks or module._forward_pre_hooks or type(module) not in (QuantLinear, nn.Linear):
+                what = "has hooks" if type(module) in (QuantLinear, nn.Linear) else f"is a {type(module).__name__}"
+                raise QuantlibError(f"a Decoder calls plain linear layers; {name} {what}: use model.generate")
+            assert isinstance(module, nn.Linear)
+            ys.append(self._new(module.out_features))
+            bias = None if module.bias is None else module.bias.detach()
+            if isinstance(module, QuantLinear):
+                key = self._function(name, module), module.qweight.format
+                quantized.setdefault(key, []).append(Term(module.qweight, bias, ys[-1]))
+            else:
+                plain.append(Term(module.weight.detach(), bias, ys[-1]))
+        in_step = gated and len(quantized) + bool(plain) == 1
+        for (function, _), terms in quantized.items():
+            self.program.product(function, x, terms, in_step)
+        if plain:
+            self.program.dense(x, plain, in_step)
+        if gated and not in_step:
+            self.program.gate(ys[0], ys[1], ys[0])
+        return ys
 
     def _function(self, name: str, layer: QuantLinear) -> str:
         """The cheapest product that a program can hold, or the one that the layer is bound to."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,28 @@ def function_of(kernel: Declaration) -> str | None:
     """The product of the extension that a kernel calls, where a program can hold it; else None."""
     name = getattr(kernel, "function", None)
     return name if cpu.unavailable is None and name in cpu.native().PRODUCTS else None
+
+
+Weight = TypeVar("Weight", Tensor, QuantizedTensor)
+
+
+@dataclass(frozen=True)
+class Term(Generic[Weight]):
+    """One product of a step: y [N] = weight [N, K] x + bias."""
+
+    weight: Weight
+    bias: Tensor | None
+    y: Tensor
+
+
+def _check_shapes(x: Tensor, terms: Sequence[Term[Any]], gated: bool) -> None:
+    heights = [term.y.numel() for term in terms]
+    if gated and (len(heights) != 2 or heights[0] != heights[1]):
+        raise KernelError(f"a gate takes two products of one height, not of {heights}")
+    for term in terms:
+        n, k = term.weight.shape
+        if (k, n) != (x.numel(), term.y.numel()):
+            raise KernelError(f"a weight {n} x {k} doesn't take {x.numel()} numbers to {term.y.numel()}")
 
 
 class Program:
@@ -55,19 +79,29 @@ class Program:
         rows, width = table.shape
         self._native.embed(self._at(table), self._at(y), rows, width * table.element_size())
 
-    def product(self, weight: QuantizedTensor, function: str, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        """y [N] = W x + bias, by the extension's product of that name (`function_of`)."""
-        packed = Packed.of(weight)
-        self._kept.append(packed)
-        at = 0 if bias is None else self._at(bias.detach().to(torch.float32).contiguous(), torch.float32)
-        native = packed.plan.native
-        self._native.product(function, native, packed.native, DTYPES[self.dtype], self._at(x), at, self._at(y), self.threads)
+    def product(self, function: str, x: Tensor, terms: Sequence[Term[QuantizedTensor]], gated: bool = False) -> None:
+        """The terms' y = W x + bias, by the extension's product of that name (`function_of`), in one step: the weights have one
+        format and width. `gated`: there are two, of one N, and the first's y becomes silu(y) times the second's."""
+        _check_shapes(x, terms, gated)
+        if len({term.weight.format for term in terms}) > 1:
+            raise KernelError(f"one step multiplies one format, not {', '.join(str(term.weight.format) for term in terms)}")
+        calls = []
+        for term in terms:
+            packed = Packed.of(term.weight)
+            self._kept.append(packed)
+            bias = None if term.bias is None else term.bias.detach().to(torch.float32).contiguous()
+            at = 0 if bias is None else self._at(bias, torch.float32)
+            calls.append((packed.plan.native, packed.native, at, self._at(term.y)))
+        self._native.product(function, tuple(calls), DTYPES[self.dtype], self._at(x), gated, self.threads)
 
-    def dense(self, weight: Tensor, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        """y [N] = W x + bias with a weight of the program's dtype."""
-        at = 0 if bias is None else self._at(bias)
-        n, k = weight.shape
-        self._native.dense(DTYPES[self.dtype], self._at(weight), self._at(x), at, self._at(y), n, k, self.threads)
+    def dense(self, x: Tensor, terms: Sequence[Term[Tensor]], gated: bool = False) -> None:
+        """The same with weights of the program's dtype."""
+        _check_shapes(x, terms, gated)
+        calls = tuple(
+            (self._at(term.weight), 0 if term.bias is None else self._at(term.bias), self._at(term.y), term.weight.shape[0])
+            for term in terms
+        )
+        self._native.dense(calls, DTYPES[self.dtype], self._at(x), x.numel(), gated, self.threads)
 
     def norm(self, x: Tensor, weight: Tensor, y: Tensor, epsilon: float) -> None:
         """y = weight * x / sqrt(mean(x^2) + epsilon), over runs of the weight's length."""
