@@ -21,6 +21,9 @@ from quantlib.tensor import QuantizedTensor
 PREPARE_FOR = (1, 16, 512)
 """The batch sizes that one layout is chosen for: one copy of the weight serves decoding and prefill."""
 
+INVARIANT_M = 16
+"""The batch size that the kernel of batch-invariant products is chosen for."""
+
 MOST_REMEMBERED = 256
 """Entries of a weight's memo, most of them one per batch size, before it is emptied."""
 
@@ -82,7 +85,9 @@ def choose(problem: Problem, kernel: str | None = None) -> str:
     Raises KernelError where the forced kernel is unknown, of another operation, or can't run the problem (saying why).
     """
     if kernel is None:
-        return _select(replace(problem, m=bucket(problem.m)), _table_version())
+        # One kernel for every batch, or which of two that sum differently comes first would depend on it.
+        m = INVARIANT_M if problem.batch_invariant else bucket(problem.m)
+        return _select(replace(problem, m=m), _table_version())
     _check_forced(problem, base.get_declaration(kernel))
     return kernel
 

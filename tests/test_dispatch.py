@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import quantlib
 import quantlib.kernels
 from quantlib import dispatch
 from quantlib.devices import Device, device_facts
-from quantlib.kernels import Kernel, Problem, list_kernels, register_kernel, unregister_kernel
+from quantlib.kernels import Kernel, Problem, get_kernel, list_kernels, register_kernel, unregister_kernel
 from quantlib.kernels.costs import decode_then_matmul, roofline
 
 from . import cases
@@ -127,3 +128,15 @@ def test_the_cpu_extension_is_built_wherever_there_is_a_compiler() -> None:
     if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
         assert quantlib.kernels.cpu.unavailable is None
         assert {dispatch.select(problem(m)).backend for m in (1, 16, 512)} == {"cpu"}
+
+
+@pytest.mark.parametrize("spec", ["nvfp4", "int4-g128", "fp8-e4m3-block128", "q4_k"])
+@pytest.mark.parametrize("layout", ["rows", "fragments"])
+@pytest.mark.parametrize("device", [None, H100], ids=["cpu", "cuda"])
+def test_batch_invariant_products_of_every_batch_go_to_one_kernel(device: Device | None, layout: str, spec: str) -> None:
+    for size in (33, 130, 4096):
+        base = replace(problem(1, device, spec, layout=layout, batch_invariant=True), n=size, k=size)
+        chosen = {dispatch.select(replace(base, m=m)).name for m in (0, 1, 2, 7, 16, 33, 300, 5000)}
+        assert len(chosen) == 1, (size, chosen)
+        name = chosen.pop()
+        assert all(get_kernel(name).supports(replace(base, m=m)) is None for m in (1, 16, 300, 5000))
