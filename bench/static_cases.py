@@ -25,7 +25,7 @@ N, K, UNEVEN_K = 4096, 4096, 4088
 
 FORMATS = (
     "int4-g128", "int4-g32-asym", "int3-g64-asym", "int8-channel", "nf4", "nf4-dq", "fp8-e4m3-block128", "fp8-e5m2",
-    "nvfp4", "mxfp4", "mxfp8", "q4_k", "q6_k",
+    "nvfp4", "mxfp4", "mxfp8", "q4_k", "q5_k", "q6_k",
 )  # fmt: skip
 """Every codec kind, scale kind, zero kind and number of bit planes."""
 

@@ -33,6 +33,15 @@ FORMATS: tuple[str, ...] = (
     "mxfp8-e5m2",
     "q4_k",
     "q6_k",
+    "q2_k",
+    "q3_k",
+    "q5_k",
+    "q4_0",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "q8_0",
+    "iq4_nl",
 )
 """At least one format per family, codec kind, scale kind and zero kind; one row per new format."""
 

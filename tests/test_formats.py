@@ -202,8 +202,17 @@ def test_parts_have_the_declared_shapes_and_bytes(spec: str, shape: tuple[int, i
         ("nvfp4", 4 + 8 / 16 + 32 / 4096**2),
         ("mxfp4", 4 + 8 / 32),
         ("mxfp8", 8 + 8 / 32),
+        ("q2_k", 84 * 8 / 256),
+        ("q3_k", 110 * 8 / 256),
         ("q4_k", 144 * 8 / 256),
+        ("q5_k", 176 * 8 / 256),
         ("q6_k", 210 * 8 / 256),
+        ("q4_0", 18 * 8 / 32),
+        ("q4_1", 20 * 8 / 32),
+        ("q5_0", 22 * 8 / 32),
+        ("q5_1", 24 * 8 / 32),
+        ("q8_0", 34 * 8 / 32),
+        ("iq4_nl", 18 * 8 / 32),
     ],
 )
 def test_bits_per_weight_are_exact(spec: str, bits: float) -> None:
@@ -274,7 +283,7 @@ def numpy_values(codec: Codec) -> np.ndarray:
 def numpy_scales(fmt: Format, parts: Parts) -> tuple[np.ndarray, np.ndarray | None]:
     kind, stored = fmt.scale.kind, parts["scales"]
     if kind == "float":
-        return stored.float().numpy(), None
+        return stored.float().numpy(), parts["minima"].float().numpy() if "minima" in parts else None
     if kind == "e4m3_global":
         return numpy_values(E4M3)[stored.numpy()] * np.float32(parts["global_scale"]), None
     if kind == "e8m0":
@@ -284,7 +293,7 @@ def numpy_scales(fmt: Format, parts: Parts) -> tuple[np.ndarray, np.ndarray | No
         mapped = np.array(DYNAMIC_MAP.entries, dtype=np.float32)[stored.numpy()]
         return mapped * absmax + np.float32(parts["scale_offset"]), None
     across = parts["super_scales"].shape[1] * fmt.scale.count
-    bits, offset = {"q4_k": (6, 0), "q6_k": (8, 128)}[fmt.name]
+    bits, offset = {"q2_k": (4, 0), "q3_k": (6, 32), "q4_k": (6, 0), "q5_k": (6, 0), "q6_k": (8, 128)}[fmt.name]
 
     def product(integers: str, units: str) -> np.ndarray:
         numbers = unpack(parts[integers], bits, across).numpy().astype(np.float32) - np.float32(offset)
@@ -517,7 +526,7 @@ def test_an_unknown_search_is_refused() -> None:
         get_format("int4").fit(torch.randn(2, 128), search="best")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("spec", ["q4_k", "q6_k"])
+@pytest.mark.parametrize("spec", ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"])
 def test_integer_scales_found_by_a_search_are_stored_as_found(spec: str) -> None:
     """Loading and storing again changes nothing, though storing derives the super-scale from the largest product."""
     fmt, weight = get_format(spec), random_weight(32, 1024, seed=19)
@@ -551,6 +560,8 @@ def gaussians() -> torch.Tensor:
         ("mxfp4", "mse", 12.4),
         ("q4_k", "absmax", 6.14),
         ("q4_k", "mse", 5.14),
+        ("q2_k", "absmax", 108),
+        ("q2_k", "mse", 75.6),
         ("fp8-e4m3", "absmax", 0.70),
         ("int8-g32", "mse", 0.029),
     ],
@@ -576,6 +587,17 @@ def test_error_on_gaussians_is_within_a_percent_of_the_figure_or_better(
         ("q4_k", "mse", 4.93),
         ("q6_k", "absmax", 0.420),
         ("q6_k", "mse", 0.274),
+        ("q2_k", "mse", 68.98),
+        ("q3_k", "absmax", 34.37),
+        ("q3_k", "mse", 20.59),
+        ("q5_k", "absmax", 1.456),
+        ("q5_k", "mse", 1.246),
+        ("q4_0", "mse", 6.553),
+        ("q4_1", "mse", 4.807),
+        ("q5_0", "mse", 1.606),
+        ("q5_1", "mse", 1.146),
+        ("iq4_nl", "absmax", 6.389),
+        ("iq4_nl", "mse", 5.533),
     ],
 )
 def test_error_on_gaussians_stays_where_it_was_measured(

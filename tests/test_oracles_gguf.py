@@ -1,4 +1,4 @@
-"""GGUF: Q4_K and Q6_K blocks against the `gguf` package's dequantizer, MXFP4 and the legacy types against its quantizer."""
+"""GGUF: every type's blocks against the `gguf` package's dequantizer, MXFP4 and plain blocks against its quantizer."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantlib.checkpoints.gguf import BLOCK_TYPES, read_blocks, write_blocks
+from quantlib.checkpoints.gguf import read_blocks, write_blocks
+from quantlib.checkpoints.gguf_blocks import BLOCK_TYPES
 from quantlib.errors import CheckpointError
 from quantlib.formats import get_format
 from quantlib.testing import assert_same_bits, random_weight
 
 gguf = pytest.importorskip("gguf", reason="the oracle package `gguf` is not installed (pip install quantlib-kernels[oracles])")
 
-K_QUANTS = ("q4_k", "q6_k")
+HALVES = {
+    "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2), "q8_0": (0,), "iq4_nl": (0,), "q2_k": (80, 82), "q3_k": (108,),
+    "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,),
+}  # fmt: skip
+"""Where the fp16 numbers of each type's block stand."""
 
 
 def quantized(spec: str, weight: torch.Tensor, **options: object) -> dict[str, torch.Tensor]:
@@ -33,21 +38,21 @@ def oracle_quantize(name: str, weight: torch.Tensor) -> torch.Tensor:
 
 
 def random_blocks(spec: str, n: int, count: int, seed: int) -> torch.Tensor:
-    """Random bytes whose fp16 super-scales are any finite numbers, subnormals and both zeros among them."""
+    """Random bytes whose fp16 numbers are any finite numbers, subnormals and both zeros among them."""
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, size=(n, count, BLOCK_TYPES[spec].nbytes), dtype=np.uint8)
-    for start in {"q4_k": (0, 2), "q6_k": (208,)}[spec]:
+    for start in HALVES[spec]:
         halves = rng.integers(0, 1 << 16, size=(n, count), dtype=np.uint16)
         finite = np.where((halves & 0x7C00) == 0x7C00, halves & 0x83FF, halves).astype(np.uint16)
         blocks[..., start : start + 2] = finite[..., None].view(np.uint8)
     return torch.from_numpy(blocks.reshape(n, count * BLOCK_TYPES[spec].nbytes))
 
 
-@pytest.mark.parametrize("spec", K_QUANTS)
+@pytest.mark.parametrize("spec", BLOCK_TYPES)
 @settings(max_examples=25, deadline=None)
 @given(n=st.integers(0, 4), count=st.integers(1, 3), seed=st.integers(0, 2**32 - 1))
 def test_random_blocks_survive_reading_and_writing_and_decode_bit_exactly(spec: str, n: int, count: int, seed: int) -> None:
-    fmt, k = get_format(spec), 256 * count
+    fmt, k = get_format(spec), BLOCK_TYPES[spec].weights * count
     data = random_blocks(spec, n, count, seed)
     parts = read_blocks(fmt, data, k)
     fmt.check(parts, n, k)
@@ -56,7 +61,7 @@ def test_random_blocks_survive_reading_and_writing_and_decode_bit_exactly(spec: 
         assert_same_bits(fmt.decode(parts, n, k), oracle_dequantize(BLOCK_TYPES[spec].name, data))
 
 
-@pytest.mark.parametrize("spec", K_QUANTS)
+@pytest.mark.parametrize("spec", BLOCK_TYPES)
 @pytest.mark.parametrize("search", ["absmax", "mse"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_quantized_weights_decode_in_gguf_as_they_do_here(spec: str, search: str, dtype: torch.dtype) -> None:
@@ -81,7 +86,7 @@ def test_blocks_that_do_not_fit_are_refused_by_name() -> None:
         read_blocks(fmt, torch.zeros(2, 144, dtype=torch.uint8), 300, "blk.0")
     with pytest.raises(CheckpointError, match=r"\[N, 288\].*uint8 \[2, 144\]"):
         read_blocks(fmt, torch.zeros(2, 144, dtype=torch.uint8), 512)
-    with pytest.raises(CheckpointError, match=r"nf4 has no GGUF blocks.*q4_k, q6_k"):
+    with pytest.raises(CheckpointError, match=r"nf4 has no GGUF blocks.*q4_0, .*q6_k"):
         read_blocks(get_format("nf4"), torch.zeros(2, 144, dtype=torch.uint8), 256)
     with pytest.raises(CheckpointError, match="rows of 130"):
         write_blocks(fmt, quantized("q4_k", torch.randn(2, 130)), 2, 130)

@@ -36,12 +36,17 @@ class Family:
     summary: str = ""
 
 
+def single(fmt: Format, summary: str = "") -> Family:
+    """The family of one format, which takes no words."""
+    return Family(fmt.name, lambda: fmt, summary=summary)
+
+
 _FAMILIES: dict[str, Family] = {}
 
 
 def register(entry: Family | Format) -> None:
     """Add a family, or a single format under its own name. Raises FormatError where the name is taken."""
-    family = entry if isinstance(entry, Family) else Family(entry.name, lambda: entry)
+    family = entry if isinstance(entry, Family) else single(entry)
     if family.name in _FAMILIES:
         raise FormatError(f"format {family.name!r} is registered already")
     _FAMILIES[family.name] = family
