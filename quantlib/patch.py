@@ -43,8 +43,8 @@ def patch(
 ) -> PatchReport:
     """Quantize a model's linear layers in place.
 
-    spec         a spec string or Format for all layers, or {pattern: spec}: globs over the full name, "re:..." or a plain layer
-                 name; the first match wins, None leaves a layer as it is
+    spec         a spec string or Format for all layers, a mix by name ("q4_k_m"), or {pattern: spec}: globs over the full
+                 name, "re:..." or a plain layer name; the first match wins, None leaves a layer as it is
     skip         patterns of layers to leave (default: the output head)
     algorithm    a name ("rtn", "gptq") or an object that chooses scales and codes, `GPTQ(damp_percent=0.02)`
     calibration  for algorithms that need data: token windows [samples, length] (see `calibration_tokens`), with which each

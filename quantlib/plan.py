@@ -30,6 +30,7 @@ from quantlib.evaluation.report import write_atomically
 from quantlib.formats import get_format
 from quantlib.formats.base import Format
 from quantlib.patch import patch
+from quantlib.presets import is_preset, preset
 from quantlib.running import evaluating, logits_of, structural_copy
 from quantlib.selection import DEFAULT_SKIP, linear_layers, select_formats
 
@@ -203,9 +204,10 @@ def budget_bytes(budget: str, shapes: Mapping[str, tuple[int, int]]) -> int:
     if found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", text, re.IGNORECASE):
         return math.floor(float(found[1]) * {"KB": 1e3, "MB": 1e6, "GB": 1e9}[found[2].upper()])
     if found := re.fullmatch(r"same size as (\S+)", text, re.IGNORECASE):
-        fmt = get_format(found[1])
-        return sum(fmt.nbytes(n, k) for n, k in shapes.values())
-    raise QuantlibError(f"budget {budget!r} can't be read; write '4.5bpw', '80MB' or 'same size as nvfp4'")
+        one = not is_preset(found[1])
+        formats = dict.fromkeys(shapes, found[1]) if one else preset(found[1], shapes)
+        return sum(get_format(formats[name]).nbytes(n, k) for name, (n, k) in shapes.items())
+    raise QuantlibError(f"budget {budget!r} can't be read; write '4.5bpw', '80MB', 'same size as nvfp4' or '... as q4_k_m'")
 
 
 def output_weights(model: nn.Module, tokens: Tensor, layers: Collection[str]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import nn
 from quantlib.errors import QuantlibError
 from quantlib.formats import get_format
 from quantlib.formats.base import Format
+from quantlib.presets import is_preset, preset
 
 Spec: TypeAlias = str | Format | Mapping[str, str | Format | None]
 
@@ -39,15 +40,16 @@ def matches(pattern: str, name: str) -> bool:
     return f".{pattern}." in f".{name}."
 
 
-def select_formats(names: Iterable[str], spec: Spec, skip: Iterable[str] = DEFAULT_SKIP) -> dict[str, Format]:
+def select_formats(layers: Mapping[str, nn.Linear], spec: Spec, skip: Iterable[str] = DEFAULT_SKIP) -> dict[str, Format]:
     """Layer name -> format, for the layers that are to be quantized.
 
-    spec  one format for all; or {pattern: format}, the first match wins, None leaves a layer as it is
+    spec  one format for all; a mix (quantlib.presets) by its name; or {pattern: format}, the first match wins, None leaves a
+          layer as it is
     skip  patterns of layers to leave; a layer that `spec` names in full is never skipped
 
     Raises FormatError for an unknown format, QuantlibError for a pattern or a skip entry that matches no layer.
     """
-    names = list(names)
+    names = list(layers)
     if not names:
         raise QuantlibError("the model holds no torch.nn.Linear to quantize")
     skip = tuple(skip)
@@ -55,7 +57,10 @@ def select_formats(names: Iterable[str], spec: Spec, skip: Iterable[str] = DEFAU
         if entry not in DEFAULT_SKIP and not any(matches(entry, name) for name in names):
             raise QuantlibError(_nothing("skip entry", entry, names))
     skipped = {name for name in names if any(matches(entry, name) for entry in skip)}
-    if not isinstance(spec, Mapping):
+    if isinstance(spec, str) and is_preset(spec):
+        shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+        chosen = {name: get_format(fmt) for name, fmt in preset(spec, shapes).items() if name not in skipped}
+    elif not isinstance(spec, Mapping):
         fmt = get_format(spec)
         chosen = {name: fmt for name in names if name not in skipped}
     else:

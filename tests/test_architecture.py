@@ -21,6 +21,7 @@ LEVELS = {
     "devices": 1,
     "testing": 1,
     "timing": 1,
+    "presets": 1,
     "algorithms": 2,
     "checkpoints": 2,
     "kernels": 2,

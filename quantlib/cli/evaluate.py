@@ -32,7 +32,7 @@ def evaluate(
         typer.Option(
             "--spec",
             "-s",
-            help="Quantize to this format first (or PATTERN=FORMAT, several times) and compare with the original.",
+            help="Quantize to this format or mix first (or PATTERN=FORMAT, several times) and compare with the original.",
         ),
     ] = None,
     reference: Annotated[

@@ -16,7 +16,7 @@ from quantlib.errors import QuantlibError
 
 def make_plan(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    budget: Annotated[str, typer.Option("--budget", "-b", help="'4.5bpw', '80MB', or 'same size as nvfp4'.")],
+    budget: Annotated[str, typer.Option("--budget", "-b", help="'4.5bpw', '80MB', 'same size as nvfp4' (or 'q4_k_m').")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The JSON file to write; a PNG appears beside it.")] = Path(
         "plan.json"
     ),

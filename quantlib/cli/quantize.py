@@ -33,8 +33,8 @@ def quantize(
         typer.Option(
             "--spec",
             "-s",
-            help="A format ('nvfp4'), several 'PATTERN=FORMAT' ('*.down_proj=int8', '*=nvfp4'; FORMAT may be 'none'), or the "
-            "JSON file of a plan.",
+            help="A format ('nvfp4') or mix ('q4_k_m'), several 'PATTERN=FORMAT' ('*.down_proj=int8', '*=nvfp4'; FORMAT may be "
+            "'none'), or the JSON file of a plan.",
         ),
     ],
     skip: Annotated[list[str] | None, typer.Option(help="Leave layers that match. Default: lm_head.")] = None,
@@ -90,18 +90,19 @@ def _journal(output: Path, calibrated: bool, resume: bool) -> Path | None:
 
 
 def parse_specs(specs: list[str]) -> str | Mapping[str, str | None]:
-    """One format; a plan's JSON file; or PATTERN=FORMAT pairs in order (the first match wins; "none" leaves a layer as it is).
+    """One format or mix; a plan's JSON file; or PATTERN=FORMAT pairs in order (the first match wins, "none" leaves a layer).
 
     Raises FormatError for an unknown format, QuantlibError for a mixture of the two.
     """
     from quantlib.formats import get_format
+    from quantlib.presets import canonical_spec
 
     if len(specs) == 1 and specs[0].endswith(".json"):
         from quantlib.plan import Plan
 
         return Plan.load(specs[0])
     if len(specs) == 1 and "=" not in specs[0]:
-        return get_format(specs[0]).name
+        return canonical_spec(specs[0])
     formats: dict[str, str | None] = {}
     for entry in specs:
         pattern, equals, spec = entry.rpartition("=")

@@ -36,8 +36,8 @@ class Method:
 
 
 def parse_methods(words: Sequence[str], columns: Sequence[int]) -> list[Method]:
-    """Methods by name, each once: "bf16"; "nvfp4"; "nvfp4:gptq"; or an algorithm alone, "gptq", for INT4 in groups that divide
-    all of the layers' `columns`. Raises QuantlibError where a word is none of these."""
+    """Methods by name, each once: "bf16"; "nvfp4"; a mix, "q4_k_m"; "nvfp4:gptq"; or an algorithm alone, "gptq", for INT4 in
+    groups that divide all of the layers' `columns`. Raises QuantlibError where a word is none of these."""
     methods: dict[str, Method] = {}
     for word in filter(None, (word.strip() for word in words)):
         method = _parse_method(word, columns)
@@ -50,15 +50,16 @@ def parse_methods(words: Sequence[str], columns: Sequence[int]) -> list[Method]:
 def _parse_method(word: str, columns: Sequence[int]) -> Method:
     from quantlib.algorithms import get_algorithm
     from quantlib.formats import get_format
+    from quantlib.presets import canonical_spec
 
     if word in DTYPES:
         return Method(word, word, None)
     spec, colon, algorithm = word.partition(":")
     if colon:
         chosen = get_algorithm(algorithm)
-        return Method(f"{get_format(spec).name}:{chosen.name}", get_format(spec).name, chosen)
+        return Method(f"{canonical_spec(spec)}:{chosen.name}", canonical_spec(spec), chosen)
     try:
-        return Method(get_format(word).name, get_format(word).name, get_algorithm("rtn"))
+        return Method(canonical_spec(word), canonical_spec(word), get_algorithm("rtn"))
     except FormatError as unknown:
         try:
             chosen = get_algorithm(word)
