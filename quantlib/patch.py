@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlib import dispatch
-from quantlib.algorithms import Algorithm, InputStatistics, get_algorithm, validate_weight
+from quantlib.algorithms import Algorithm, InputStatistics, Scaling, get_algorithm, validate_weight
 from quantlib.calibration.journal import Journal, digest_model, digest_tensor
 from quantlib.calibration.sequential import Quantized, quantize_in_sequence
 from quantlib.calibration.statistics import Statistics
@@ -46,7 +46,7 @@ def patch(
     spec         a spec string or Format for all layers, a mix by name ("q4_k_m"), or {pattern: spec}: globs over the full
                  name, "re:..." or a plain layer name; the first match wins, None leaves a layer as it is
     skip         patterns of layers to leave (default: the output head)
-    algorithm    a name ("rtn", "gptq") or an object that chooses scales and codes, `GPTQ(damp_percent=0.02)`
+    algorithm    a name ("rtn", "gptq", "awq") or an object that chooses scales and codes, `GPTQ(damp_percent=0.02)`
     calibration  for algorithms that need data: token windows [samples, length] (see `calibration_tokens`), with which each
                  layer is calibrated behind the layers quantized before; or what `calibrate` returned
     activations  None (weights only), a format that the inputs are rounded to, or "auto": what the device computes best in
@@ -153,6 +153,11 @@ def _check_calibration(
             f"algorithm {method.name!r} needs calibration data: pass "
             "calibration=quantlib.calibration_tokens(tokenizer=tokenizer), or token windows of your own"
         )
+    if isinstance(calibration, Statistics) and isinstance(method, Scaling):
+        raise QuantlibError(
+            f"algorithm {method.name!r} scales what comes before a layer and tries it on text: pass calibration=tokens, "
+            "not statistics"
+        )
     if calibration is not None and method.needs == "nothing":
         raise QuantlibError(f"algorithm {method.name!r} takes no calibration data")
     if isinstance(calibration, Tensor) and (calibration.dim() != 2 or calibration.is_floating_point()):
@@ -225,6 +230,7 @@ def _install(
         kernels=_kernels(new),
         algorithm=found.algorithm,
         output_error=output_error,
+        note=found.note,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ class LayerReport:
     error         ||decoded - weight|| / ||weight||
     output_error  ||x (decoded - weight)^T|| / ||x weight^T|| over the calibration tokens; None without them
     algorithm     what chose its codes: not the one asked for, where no calibration token reached the layer
+    note          what couldn't be done as the algorithm does it
     kernels       rows of x -> the kernel that will run
     """
 
@@ -30,6 +31,7 @@ class LayerReport:
     kernels: dict[int, str]
     algorithm: str = "rtn"
     output_error: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,11 @@ class PatchReport:
                 f"{error:.4f}",
                 _kernels_text(first.kernels),
             )
-        if self.skipped:
-            table.caption = f"left as they are: {', '.join(self.skipped[:6])}" + (" ..." if len(self.skipped) > 6 else "")
+        remarks = [] if not self.skipped else [f"left as they are: {_listed(self.skipped)}"]
+        notes = dict.fromkeys(layer.note for layer in self.layers if layer.note)
+        remarks += [f"{note}: {_listed([layer.name for layer in self.layers if layer.note == note])}" for note in notes]
+        if remarks:
+            table.caption = "\n".join(remarks)
         return table
 
     def _groups(self) -> list[list[LayerReport]]:
@@ -115,6 +120,10 @@ class PatchReport:
         with console.capture() as capture:
             console.print(self.table())
         return capture.get()
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (" ..." if len(names) > 6 else "")
 
 
 def _kernels_text(kernels: dict[int, str]) -> str:

@@ -221,10 +221,22 @@ def test_quantize_calibrates_and_goes_on(run, saved: Path, tmp_path: Path, monke
     assert torch.equal(quantlib.load(target)(ids).logits, expected(ids).logits)
 
 
+def test_quantize_takes_every_algorithm(run, saved: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    from quantlib.algorithms import get_algorithm, list_algorithms
+
+    for algorithm in list_algorithms():
+        sample = [] if get_algorithm(algorithm).needs == "nothing" else ["--samples", 4, "--length", 24]
+        target = tmp_path / algorithm
+        result = run("quantize", saved, "-s", "int4-g32", "--algorithm", algorithm, *sample, "-o", target)
+        assert result.code == 0, result.err
+        assert f", {algorithm}," in result.out
+        assert quantlib.load(target)(torch.arange(24)[None]).logits.isfinite().all()
+
+
 def test_sample_text_is_refused_where_nothing_reads_it(run, saved: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     command = ["quantize", saved, "-s", "nf4", "-o", tmp_path / "out"]
     refused(run(*command, "--calibration", "c4"), "'rtn' takes no sample text")
-    refused(run(*command, "--resume"), "keeps no journal")
+    refused(run(*command, "--resume"), "there is no journal")
     refused(
         run(*command, "--algorithm", "gptq", "--calibration", tmp_path / "none.txt"), "no such file, and no data set's name"
     )

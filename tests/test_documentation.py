@@ -40,3 +40,14 @@ def test_the_readme_quickstart_runs() -> None:
     model = llama()
     report = quantlib.patch(model, {"re:.*mlp.*": "nvfp4", "*self_attn*": "int8"}, progress=False)
     assert {layer.format for layer in report.layers} == {"nvfp4", "int8-channel"}
+
+
+def test_every_algorithm_is_listed_where_users_look() -> None:
+    from quantlib.algorithms import list_algorithms
+    from quantlib.cli.calibration import ALGORITHM_HELP
+
+    pages = {name: (ROOT / "docs" / name).read_text() for name in ("calibration.md", "cli.md")}
+    for name in list_algorithms():
+        assert re.search(rf"(?<![\w+-]){re.escape(name)}(?![\w+-])", ALGORITHM_HELP), name
+        for page, text in pages.items():
+            assert f"`{name}`" in text, f"{page}: {name}"

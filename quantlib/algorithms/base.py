@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -35,6 +35,20 @@ class Algorithm(Protocol):
         ...
 
 
+@runtime_checkable
+class Scaling(Protocol):
+    """What an algorithm offers besides, that wants inputs of layers divided by factors before their weights are quantized."""
+
+    def scales(
+        self, weights: Sequence[Tensor], formats: Sequence[Format], inputs: InputStatistics, sources: Tensor | None = None
+    ) -> Tensor | None:
+        """Factors fp32 [P] for layers with weights [N, K] that read one input; None to leave them as they are.
+
+        sources: int64 [K], which of the P numbers that the module before makes each input is a copy of; None: P = K, in order.
+        """
+        ...
+
+
 _ALGORITHMS: dict[str, Callable[[], Algorithm]] = {}
 
 
@@ -45,13 +59,18 @@ def register_algorithm(name: str, build: Callable[[], Algorithm]) -> None:
     _ALGORITHMS[name] = build
 
 
+def list_algorithms() -> list[str]:
+    """Every registered name."""
+    return list(_ALGORITHMS)
+
+
 def get_algorithm(algorithm: str | Algorithm) -> Algorithm:
     """An algorithm by name or as it is. Raises QuantlibError naming the known ones."""
     if not isinstance(algorithm, str):
         return algorithm
     if algorithm not in _ALGORITHMS:
         nearest = difflib.get_close_matches(algorithm, _ALGORITHMS, n=1, cutoff=0.0)[0]
-        raise QuantlibError(f"unknown algorithm {algorithm!r}; did you mean {nearest!r}? Known: {', '.join(_ALGORITHMS)}")
+        raise QuantlibError(f"unknown algorithm {algorithm!r}; did you mean {nearest!r}? Known: {', '.join(list_algorithms())}")
     return _ALGORITHMS[algorithm]()
 
 

@@ -55,6 +55,12 @@ class InputStatistics:
         if self.outer is not None:
             _add_outer(self.outer, x)
 
+    def divided(self, factors: Tensor) -> InputStatistics:
+        """The statistics of x / factors, for factors [K]."""
+        s = factors.to(device=self.sum_sq.device, dtype=torch.float64)
+        outer = None if self.outer is None else self.outer / torch.outer(s, s).to(torch.float32)
+        return InputStatistics(self.tokens, self.sum_abs / s.abs(), self.sum_sq / s.square(), outer)
+
     def tensors(self) -> list[Tensor]:
         """The sums themselves, to be added up over processes."""
         return [self.sum_abs, self.sum_sq] + ([] if self.outer is None else [self.outer])

@@ -1,7 +1,8 @@
 """A journal of quantized layers on disk: a run that was killed goes on where it stopped, and ends with the same bits.
 
-    journal.json            what is being done: model, formats, algorithm, calibration tokens
-    LAYER.safetensors       a layer's parts, written under another name, synced, renamed
+    journal.json              what is being done: model, formats, algorithm, calibration tokens
+    LAYER.safetensors         a layer's parts, written under another name, synced, renamed
+    LAYER+scales.safetensors  factors folded into a block before its first layer is quantized
 
 Layers are quantized in a fixed order from inputs that depend on the layers before alone, so that a run which takes those from
 the journal computes the same inputs again.
@@ -27,6 +28,7 @@ from quantlib.tensor import QuantizedTensor
 
 VERSION = 1
 HEADER = "journal.json"
+FACTORS = "+scales"
 
 
 class Journal:
@@ -90,6 +92,22 @@ class Journal:
         facts = {"format": rows.format.name, "shape": json.dumps(rows.shape)}
         parts = {part: tensor.contiguous().cpu() for part, tensor in rows.parts.items()}
         self._write(self._file(name).name, lambda path: save_file(parts, path, metadata=facts))
+
+    def get_factors(self, name: str) -> dict[str, Tensor] | None:
+        """What `put_factors` kept under a name; None where there is nothing. Raises CheckpointError for a damaged file."""
+        file = self._file(name + FACTORS)
+        if not file.is_file():
+            return None
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file} is damaged ({error}); remove the journal and start anew") from error
+
+    def put_factors(self, name: str, factors: Mapping[str, Tensor]) -> None:
+        """Keep tensors under a name. Raises as `put`."""
+        tensors = {key: tensor.contiguous().cpu() for key, tensor in factors.items()}
+        self._write(self._file(name + FACTORS).name, lambda path: save_file(tensors, path))
 
     def _file(self, name: str) -> Path:
         return self.directory / f"{name}.safetensors"

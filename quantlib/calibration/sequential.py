@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from quantlib.algorithms import RTN, Algorithm, InputStatistics
+from quantlib.algorithms import RTN, Algorithm, InputStatistics, Scaling
+from quantlib.calibration.folding import NO_SCALES, fold_segment
 from quantlib.calibration.journal import Journal
 from quantlib.calibration.statistics import own_share, stage_statistics
 from quantlib.calibration.walk import check_tokens, walk
@@ -23,12 +24,14 @@ FALLBACK = RTN()
 
 @dataclass(frozen=True)
 class Quantized:
-    """One layer done: its weight, by which algorithm, and what was known of its inputs (None where the journal had it)."""
+    """One layer done: its weight, by which algorithm, what was known of its inputs (None where the journal had it), and what
+    couldn't be done as the algorithm does it."""
 
     name: str
     weight: QuantizedTensor
     algorithm: str
     inputs: InputStatistics | None
+    note: str = ""
 
 
 def quantize_in_sequence(
@@ -55,6 +58,9 @@ def quantize_in_sequence(
     left = dict(chosen)
     with closing(walk(model, tokens, list(chosen), batch_size, device)) as segments:
         for segment in segments:
+            unscaled = []
+            if isinstance(method, Scaling):
+                unscaled = fold_segment(model, segment, chosen, method, batches, journal, watch)
             for stage in segment.stages:
                 inputs = None
                 if journal is None or not all(name in journal for name in stage):
@@ -62,7 +68,8 @@ def quantize_in_sequence(
                     inputs = stage_statistics(model, segment, stage, batches, method.needs)
                 for name in stage:
                     watch(name)
-                    yield _one(model, name, left.pop(name), method, inputs, journal)
+                    done = _one(model, name, left.pop(name), method, inputs, journal)
+                    yield replace(done, note=NO_SCALES) if name in unscaled else done
     for name, fmt in left.items():
         watch(name)
         yield _one(model, name, fmt, method, None, journal)

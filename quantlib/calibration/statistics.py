@@ -104,7 +104,7 @@ def calibrate(
     batches = -(-len(tokens) // batch_size)
     with closing(walk(model, tokens, wanted, batch_size)) as segments:
         for segment in shown(segments, progress, "calibrating"):
-            found |= _all_stages(model, segment, batches, needs)
+            found |= segment_statistics(model, segment, batches, needs)
     for name in wanted:
         if name not in found:
             found[name] = InputStatistics.empty(model.get_submodule(name).in_features, needs)  # type: ignore[arg-type]
@@ -132,7 +132,8 @@ def stage_statistics(model: nn.Module, segment: Segment, stage: tuple[str, ...],
     return summed(found)
 
 
-def _all_stages(model: nn.Module, segment: Segment, batches: int, need: Need) -> dict[str, InputStatistics]:
+def segment_statistics(model: nn.Module, segment: Segment, batches: int, need: Need) -> dict[str, InputStatistics]:
+    """Statistics of every stage of a segment as it is, from one run."""
     with ExitStack() as stack:
         found = []
         for stage in segment.stages:

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
     from quantlib.algorithms import Algorithm
 
-ALGORITHM_HELP = "How scales and codes are chosen: rtn, rtn-mse; with sample text rtn-importance, gptq."
+ALGORITHM_HELP = (
+    "How scales and codes are chosen: rtn, rtn-mse, hqq; with sample text rtn-importance, gptq, awq, awq+gptq, autoround."
+)
 
 Calibration = Annotated[
     str | None,

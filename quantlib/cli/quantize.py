@@ -80,7 +80,7 @@ def _journal(output: Path, calibrated: bool, resume: bool) -> Path | None:
     journal = output.with_name(output.name + ".journal")
     if not calibrated:
         if resume:
-            raise QuantlibError("--resume: rounding to nearest keeps no journal; run it again without --resume")
+            raise QuantlibError("--resume: without sample text there is no journal; run it again without --resume")
         return None
     if journal.exists() and not resume:
         raise CheckpointError(f"{journal} holds what an interrupted run had done: pass --resume to go on, or remove it")
