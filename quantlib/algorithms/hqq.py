@@ -7,6 +7,7 @@ rest takes the outliers by shrinkage, and the block's zero (or minimum, or scale
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ from quantlib.algorithms.base import register_algorithm, validate_weight
 from quantlib.algorithms.statistics import InputStatistics, Need
 from quantlib.errors import QuantlibError
 from quantlib.formats.base import Format
-from quantlib.formats.codecs import decode
+from quantlib.formats.codecs import Codec, decode
 from quantlib.formats.effective import Effective
 from quantlib.formats.scales import Parts
 from quantlib.tensor import QuantizedTensor
@@ -37,7 +38,7 @@ class HQQ:
     """Options, under their usual names.
 
     lp_norm  p of the error sum |w - q|^p, in (0, 1]
-    beta     how strongly the split is held together; errors are counted in steps of the block's scale, so that a weight that is
+    beta     how strongly the split is held together; errors are counted in steps from code to code, so that a weight that is
              multiplied by a constant keeps its codes
     kappa    what beta is multiplied by in each iteration
     iters    iterations at most; a block stops where its error no longer falls
@@ -136,7 +137,8 @@ class HQQ:
         units = decode(fmt.codec, codes)
         step = torch.where(state.scale == 0, 1.0, state.scale)[..., None]
         error = (blocks - fmt.decode_blocks(codes, state)) / step
-        target = blocks / step - self._shrunk(error, beta)
+        spacing = _spacing(fmt.codec)
+        target = blocks / step - self._shrunk(error / spacing, beta) * spacing
         if state.zero is not None:
             zero = (units - target).mean(dim=-1).clamp(0, float((1 << fmt.codec.bits) - 1)).round()
             return self._scaled(replace(state, zero=zero), units - zero[..., None], target)
@@ -152,6 +154,12 @@ class HQQ:
     def _shrunk(self, error: Tensor, beta: float) -> Tensor:
         size = error.abs()
         return error.sign() * (size - size.pow(self.lp_norm - 1) / beta).clamp_(min=0)
+
+
+def _spacing(codec: Codec) -> float:
+    """The mean distance of neighbouring values: 1 for integers."""
+    values = {value for value in codec.entries if math.isfinite(value)}
+    return (max(values) - min(values)) / (len(values) - 1)
 
 
 def _rounded(fmt: Format, state: Effective, shared: Parts) -> Effective:
