@@ -1,6 +1,6 @@
 """Quality of algorithms on the demo model: perplexity and KL by format, algorithm and seed; docs/quality.md's table of them.
 
-    python -m bench.quality                          rows that bench/results/quality.jsonl lacks; hours, may be stopped
+    python -m bench.quality                          rows that bench/results/quality/demo.jsonl lacks; hours, may be stopped
     python -m bench.quality --only nvfp4 --seeds 1   rows whose format begins so; of the seeds the first
     python -m bench.quality --update                 no run: write the table into docs/quality.md
 
@@ -29,7 +29,7 @@ from quantlib.integrations.demo_model import load_demo_model
 from quantlib.running import structural_copy
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results" / "quality.jsonl"
+RESULTS = ROOT / "bench" / "results" / "quality" / "demo.jsonl"
 PAGE = ROOT / "docs" / "quality.md"
 BEGIN, END = "<!-- calibrated: begin -->", "<!-- calibrated: end -->"
 WINDOW, WINDOWS, SAMPLES, LENGTH = 512, 16, 128, 512
