@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 import quantlib
+from bench.report import updated
 from quantlib.evaluation import ReferenceLogits, capture_reference, default_text, evaluate, make_windows
 from quantlib.integrations.demo_model import load_demo_model
 from quantlib.running import structural_copy
@@ -170,9 +171,7 @@ def table(rows: list[Row]) -> list[str]:
 
 def update() -> None:
     """Write the table between its marks in docs/quality.md."""
-    before, rest = PAGE.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n" + "\n".join(table(read_rows())) + f"\n{END}{after}")
+    PAGE.write_text(updated(PAGE.read_text(), "\n".join(table(read_rows())), BEGIN, END))
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 
+from bench.report import updated
 from quantlib import dispatch
 from quantlib.devices import Device
 from quantlib.formats import families
@@ -67,10 +68,7 @@ def main() -> None:
     if not parser.parse_args().update:
         print(matrix())
         return
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    README.write_text(f"{before}{BEGIN}\n{matrix()}\n{END}{after}")
+    README.write_text(updated(README.read_text(), matrix(), BEGIN, END))
 
 
 if __name__ == "__main__":
