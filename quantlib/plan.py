@@ -30,7 +30,7 @@ from quantlib.evaluation.report import write_atomically
 from quantlib.formats import get_format
 from quantlib.formats.base import Format
 from quantlib.patch import patch
-from quantlib.presets import is_preset, preset
+from quantlib.presets import formats_by_layer
 from quantlib.running import evaluating, logits_of, structural_copy
 from quantlib.selection import DEFAULT_SKIP, linear_layers, select_formats
 
@@ -204,9 +204,7 @@ def budget_bytes(budget: str, shapes: Mapping[str, tuple[int, int]]) -> int:
     if found := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", text, re.IGNORECASE):
         return math.floor(float(found[1]) * {"KB": 1e3, "MB": 1e6, "GB": 1e9}[found[2].upper()])
     if found := re.fullmatch(r"same size as (\S+)", text, re.IGNORECASE):
-        one = not is_preset(found[1])
-        formats = dict.fromkeys(shapes, found[1]) if one else preset(found[1], shapes)
-        return sum(get_format(formats[name]).nbytes(n, k) for name, (n, k) in shapes.items())
+        return sum(fmt.nbytes(*shapes[name]) for name, fmt in formats_by_layer(found[1], shapes).items())
     raise QuantlibError(f"budget {budget!r} can't be read; write '4.5bpw', '80MB', 'same size as nvfp4' or '... as q4_k_m'")
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from quantlib.errors import FormatError
-from quantlib.formats import get_format
+from quantlib.formats import Format, get_format
 
 FALLBACKS = {"q2_k": "iq4_nl", "q3_k": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 """What takes the place of a K-quant where a row is no multiple of its 256 weights."""
@@ -88,6 +88,13 @@ def canonical_spec(spec: str) -> str:
     return spec.strip().lower() if is_preset(spec) else get_format(spec).name
 
 
+def formats_by_layer(spec: str | Format, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Format]:
+    """The format of every layer under one format or a mix. Raises FormatError where `spec` is neither."""
+    if isinstance(spec, str) and is_preset(spec):
+        return {layer: get_format(name) for layer, name in preset(spec, shapes).items()}
+    return dict.fromkeys(shapes, get_format(spec))
+
+
 def preset(name: str, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
     """Layer -> spec string, for layers of these names and shapes (N, K). An output head gets q6_k.
 
@@ -97,19 +104,19 @@ def preset(name: str, shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
     if choose is None:
         raise FormatError(f"unknown mix {name!r}: expected one of {', '.join(PRESETS)}")
     chosen = {}
+    blocks = 1 + max((_block(layer) or 0 for layer in shapes), default=0)
     for layer, (_, k) in shapes.items():
-        placed = _placed(layer, shapes)
+        placed = _placed(layer, shapes, blocks)
         spec = "q6_k" if placed.role == "head" else choose(placed)
         chosen[layer] = spec if k % get_format(spec).column_multiple == 0 else FALLBACKS[spec]
     return chosen
 
 
-def _placed(name: str, shapes: Mapping[str, tuple[int, int]]) -> Layer:
-    blocks = [block for block in map(_block, shapes) if block is not None]
+def _placed(name: str, shapes: Mapping[str, tuple[int, int]], blocks: int) -> Layer:
     parent, _, leaf = name.rpartition(".")
     role = next((role for role, leaves in ROLES.items() if leaf in leaves), "")
     queries = shapes.get(f"{parent}.q_proj" if parent else "q_proj", shapes[name])
-    return Layer(role, _block(name) or 0, max(blocks, default=0) + 1, queries[0] // max(shapes[name][0], 1))
+    return Layer(role, _block(name) or 0, blocks, queries[0] // max(shapes[name][0], 1))
 
 
 def _block(name: str) -> int | None:

@@ -13,7 +13,7 @@ from torch import nn
 from quantlib.errors import QuantlibError
 from quantlib.formats import get_format
 from quantlib.formats.base import Format
-from quantlib.presets import is_preset, preset
+from quantlib.presets import formats_by_layer
 
 Spec: TypeAlias = str | Format | Mapping[str, str | Format | None]
 
@@ -57,12 +57,9 @@ def select_formats(layers: Mapping[str, nn.Linear], spec: Spec, skip: Iterable[s
         if entry not in DEFAULT_SKIP and not any(matches(entry, name) for name in names):
             raise QuantlibError(_nothing("skip entry", entry, names))
     skipped = {name for name in names if any(matches(entry, name) for entry in skip)}
-    if isinstance(spec, str) and is_preset(spec):
+    if not isinstance(spec, Mapping):
         shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
-        chosen = {name: get_format(fmt) for name, fmt in preset(spec, shapes).items() if name not in skipped}
-    elif not isinstance(spec, Mapping):
-        fmt = get_format(spec)
-        chosen = {name: fmt for name in names if name not in skipped}
+        chosen = {name: fmt for name, fmt in formats_by_layer(spec, shapes).items() if name not in skipped}
     else:
         chosen = _by_pattern(names, spec, skipped)
     if not chosen:

@@ -9,27 +9,19 @@ import pytest
 import torch
 
 import quantlib
-from quantlib.algorithms import RTN, AutoRound, InputStatistics, get_algorithm
+from quantlib.algorithms import RTN, AutoRound, get_algorithm
 from quantlib.algorithms.autoround import _Descent, _Ladder
 from quantlib.testing import assert_same_bits
 from tests.cases import FORMATS
 from tests.models import llama
 from tests.test_calibration import tokens
-from tests.test_gptq import correlated, inputs_of, output_error
+from tests.test_gptq import assert_names_what_is_missing, correlated, gain, inputs_of, output_error
 
 
 @pytest.mark.parametrize("spec", FORMATS)
 def test_every_format_gains_on_the_inputs(spec: str) -> None:
     """The output error is below that of a search with importance, by a margin."""
-    torch.manual_seed(1)
-    fmt = quantlib.get_format(spec)
-    n, k = 16, 256
-    x, weight = correlated(1024, k), torch.randn(n, k) * 0.05
-    statistics = inputs_of(x)
-    guided = output_error(weight, x, RTN("mse", importance=True).quantize(weight, fmt, statistics))
-    found = AutoRound().quantize(weight, fmt, statistics)
-    fmt.check(found.parts, n, k)
-    assert output_error(weight, x, found) < 0.9 * guided
+    assert gain(AutoRound(), spec, tokens=1024, n=16, k=256) < 0.9
 
 
 @pytest.mark.parametrize("spec", FORMATS)
@@ -130,15 +122,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(tmp_path: Path, monkeypa
 
 def test_it_has_a_name_and_names_what_is_missing() -> None:
     assert get_algorithm("autoround") == AutoRound()
-    fmt = quantlib.get_format("int4-g32")
-    with pytest.raises(quantlib.QuantlibError, match="down: autoround needs calibration data"):
-        AutoRound().quantize(torch.randn(8, 64), fmt, None, "down")
-    moments = InputStatistics.empty(64, "moments")
-    moments.add(torch.randn(9, 64))
-    with pytest.raises(quantlib.QuantlibError, match="moments only"):
-        AutoRound().quantize(torch.randn(8, 64), fmt, moments, "down")
-    with pytest.raises(quantlib.ShapeError, match=r"down: statistics of 32 inputs don't fit a weight \[8, 64\]"):
-        AutoRound().quantize(torch.randn(8, 64), fmt, inputs_of(torch.randn(9, 32)), "down")
+    assert_names_what_is_missing(AutoRound())
     with pytest.raises(quantlib.QuantlibError, match="expected iters >= 0 and learning rates above zero"):
         AutoRound(lr=0)
     with pytest.raises(quantlib.QuantlibError, match="learning rates above zero"):

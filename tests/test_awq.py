@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import quantlib
-from quantlib.algorithms import AWQ, GPTQ, HQQ, RTN, InputStatistics, get_algorithm
-from quantlib.calibration.folding import NO_SCALES, Fold, _apply, _cancels, _suggested, fold_segment
+from quantlib.algorithms import AWQ, GPTQ, HQQ, RTN, get_algorithm
+from quantlib.calibration.folding import NO_SCALES, Fold, _answer, _apply, _cancels, _suggested, fold_segment
 from quantlib.calibration.journal import Journal
 from quantlib.calibration.walk import Segment, walk
 from quantlib.running import structural_copy
@@ -21,7 +21,7 @@ from quantlib.testing import assert_same_bits
 from tests.cases import FORMATS
 from tests.models import assert_untouched, held, llama, snapshot
 from tests.test_calibration import linear_names, tokens
-from tests.test_gptq import correlated, inputs_of, output_error
+from tests.test_gptq import assert_names_what_is_missing, correlated, inputs_of, output_error
 
 ATTENTION, MLP = "model.layers.0.self_attn.", "model.layers.0.mlp."
 QKV = (ATTENTION + "q_proj", ATTENTION + "k_proj", ATTENTION + "v_proj")
@@ -115,7 +115,10 @@ def segments(model: nn.Module) -> list[Segment]:
 
 def folds(model: nn.Module, segment: Segment) -> list[Fold]:
     """The first verified suggestion of every stage."""
-    found = (next((f for f in _suggested(model, stage) if _cancels(model, segment, f)), None) for stage in segment.stages)
+    plain = _answer(segment)
+    found = (
+        next((f for f in _suggested(model, stage) if _cancels(model, segment, f, plain)), None) for stage in segment.stages
+    )
     return [fold for fold in found if fold is not None]
 
 
@@ -319,13 +322,7 @@ def test_it_has_a_name_and_names_what_is_missing() -> None:
     assert get_algorithm("awq+gptq") == AWQ(base="gptq") == AWQ(base=GPTQ())
     assert AWQ(base="gptq").name == "awq+gptq"
     assert AWQ(base=HQQ()).name == "awq+hqq"
-    fmt = quantlib.get_format("int4-g32")
-    with pytest.raises(quantlib.QuantlibError, match="down: awq needs calibration data"):
-        AWQ().quantize(torch.randn(8, 64), fmt, None, "down")
-    moments = InputStatistics.empty(64, "moments")
-    moments.add(torch.randn(9, 64))
-    with pytest.raises(quantlib.QuantlibError, match="moments only"):
-        AWQ().quantize(torch.randn(8, 64), fmt, moments, "down")
+    assert_names_what_is_missing(AWQ())
     with pytest.raises(quantlib.QuantlibError, match="expected at least one exponent"):
         AWQ(n_grid=0)
     with pytest.raises(quantlib.QuantlibError, match="expected True, False or 'both'"):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import quantlib
-from quantlib.algorithms import GPTQ, RTN, InputStatistics
+from quantlib.algorithms import GPTQ, RTN, Algorithm, InputStatistics
 from quantlib.formats.packing import unpack
 from tests.cases import FORMATS
 
@@ -33,6 +33,31 @@ def correlated(tokens: int, k: int, seed: int = 0) -> Tensor:
 def output_error(weight: Tensor, x: Tensor, quantized: quantlib.QuantizedTensor) -> float:
     error = (quantized.dequantize(torch.float32) - weight).double()
     return float((x.double() @ error.T).norm() / (x.double() @ weight.double().T).norm())
+
+
+def gain(algorithm: Algorithm, spec: str, tokens: int, n: int, k: int) -> float:
+    """The output error of a random weight over that of a search with importance."""
+    torch.manual_seed(1)
+    fmt = quantlib.get_format(spec)
+    x, weight = correlated(tokens, k), torch.randn(n, k) * 0.05
+    statistics = inputs_of(x)
+    guided = output_error(weight, x, RTN("mse", importance=True).quantize(weight, fmt, statistics))
+    found = algorithm.quantize(weight, fmt, statistics)
+    fmt.check(found.parts, n, k)
+    return output_error(weight, x, found) / guided
+
+
+def assert_names_what_is_missing(algorithm: Algorithm) -> None:
+    """Without statistics, without a Hessian, and with statistics of other inputs."""
+    fmt = quantlib.get_format("int4-g32")
+    with pytest.raises(quantlib.QuantlibError, match=f"down: {algorithm.name} needs calibration data"):
+        algorithm.quantize(torch.randn(8, 64), fmt, None, "down")
+    with pytest.raises(quantlib.ShapeError, match=r"down: statistics of 32 inputs don't fit a weight \[8, 64\]"):
+        algorithm.quantize(torch.randn(8, 64), fmt, inputs_of(torch.randn(9, 32)), "down")
+    moments = InputStatistics.empty(64, "moments")
+    moments.add(torch.randn(9, 64))
+    with pytest.raises(quantlib.QuantlibError, match="moments only"):
+        algorithm.quantize(torch.randn(8, 64), fmt, moments, "down")
 
 
 def textbook(weight: Tensor, hessian: Tensor, group: int, order: Tensor, damp: float) -> tuple[Tensor, Tensor]:
@@ -96,14 +121,7 @@ def test_codes_are_those_of_the_textbook(k: int, group: int, desc_act: bool) -> 
 @pytest.mark.parametrize("spec", FORMATS)
 def test_every_format_gains_on_the_inputs(spec: str) -> None:
     """The output error is below that of a search with importance."""
-    torch.manual_seed(1)
-    fmt = quantlib.get_format(spec)
-    k, n = 768, 64
-    x, weight = correlated(2048, k), torch.randn(n, k) * 0.05
-    statistics = inputs_of(x)
-    guided = output_error(weight, x, RTN("mse", importance=True).quantize(weight, fmt, statistics))
-    found = output_error(weight, x, GPTQ().quantize(weight, fmt, statistics))
-    assert found < guided
+    assert gain(GPTQ(), spec, tokens=2048, n=64, k=768) < 1
 
 
 @pytest.mark.parametrize("spec", FORMATS)
@@ -158,15 +176,7 @@ def test_a_hessian_beyond_repair_is_an_error() -> None:
 
 
 def test_missing_or_unfitting_statistics_are_named() -> None:
-    fmt = quantlib.get_format("int4-g32")
-    with pytest.raises(quantlib.QuantlibError, match="down: gptq needs calibration data"):
-        GPTQ().quantize(torch.randn(8, 64), fmt, None, "down")
-    with pytest.raises(quantlib.ShapeError, match=r"down: statistics of 32 inputs don't fit a weight \[8, 64\]"):
-        GPTQ().quantize(torch.randn(8, 64), fmt, inputs_of(torch.randn(9, 32)), "down")
-    moments = InputStatistics.empty(64, "moments")
-    moments.add(torch.randn(9, 64))
-    with pytest.raises(quantlib.QuantlibError, match="moments only"):
-        GPTQ().quantize(torch.randn(8, 64), fmt, moments, "down")
+    assert_names_what_is_missing(GPTQ())
 
 
 def test_nan_inputs_are_named() -> None:

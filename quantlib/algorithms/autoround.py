@@ -20,10 +20,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from quantlib.algorithms import blocks as whole
 from quantlib.algorithms.base import register_algorithm, require_inputs, validate_weight
+from quantlib.algorithms.hessian import padded
 from quantlib.algorithms.statistics import InputStatistics, Need
 from quantlib.errors import QuantlibError
 from quantlib.formats.base import Format
@@ -77,8 +77,7 @@ class AutoRound:
         start = fmt.fit(weight, inputs.mean_square, "mse", shared)
         if weight.numel() == 0:
             return whole.nearest(fmt, weight, start)
-        more = fmt.padded(weight.shape[1]) - weight.shape[1]
-        descent = _Descent(fmt, weight, functional.pad(hessian, (0, more, 0, more)), shared, start)
+        descent = _Descent(fmt, weight, padded(hessian, fmt.padded(weight.shape[1])), shared, start)
         lr = 3 / max(self.iters, 1) if self.lr is None else self.lr
         minmax_lr = lr / 6 if self.minmax_lr is None else self.minmax_lr
         if not (self.enable_minmax_tuning and fmt.scale.continuous):
@@ -142,7 +141,7 @@ class _Descent:
     """
 
     def __init__(self, fmt: Format, weight: Tensor, hessian: Tensor, shared: Parts, start: Parts) -> None:
-        self.fmt, self.hessian, self.shared, self.start = fmt, hessian, shared, start
+        self.fmt, self.hessian, self.shared = fmt, hessian, shared
         self.shape = (len(weight), len(hessian))
         self.blocks = whole.split(fmt, weight)
         self.curvature = fmt.block.split(hessian.diagonal().expand(self.shape))
@@ -174,10 +173,10 @@ class _Descent:
         scale, zero, minimum = (None if grid is None else grid[..., None] for grid in _fields(self.numbers))
         assert scale is not None
         moved = self.blocks if minimum is None else self.blocks + minimum
-        self.exact = moved / torch.where(scale == 0, torch.inf, scale)
+        exact = moved / torch.where(scale == 0, torch.inf, scale)
         if zero is not None:
-            self.exact += zero
-        place = self.ladder.place(self.exact.clone())
+            exact += zero
+        place = self.ladder.place(exact)
         below = place.floor().clamp_(max=self.ladder.top - 1)
         self.ranks = place.add_(self.offsets).round_().clamp_(0, self.ladder.top)
         self.values = self.ladder.decode(self.ranks)
@@ -187,9 +186,7 @@ class _Descent:
             decoded -= minimum
         error = self.fmt.block.merge(decoded.sub_(self.blocks), *self.shape)
         slope = error @ self.hessian
-        by_row = (slope * error).sum(dim=1, dtype=torch.float64)
-        height = self.fmt.block.rows or len(by_row)
-        self.losses = functional.pad(by_row, (0, -len(by_row) % height)).view(-1, height).sum(dim=1)
+        self.losses = whole.sum_rows(self.fmt, (slope * error).sum(dim=1, dtype=torch.float64))
         self.slope = self.fmt.block.split(slope)
 
     def step(self, lr: float, minmax_lr: float) -> None:
@@ -202,7 +199,7 @@ class _Descent:
         own = self.middle.sub_(self.values).mul_(self.curvature).mul_(scale)
         self.offsets.sub_(own.add_(self.slope).sign_().mul_(scale.sign() * lr)).clamp_(-0.5, 0.5)
         if minmax_lr:
-            parts = whole.store(self.fmt, self._wanted(), self.shared)
+            parts = self.fmt.store(self._wanted(), self.shared)
         self._forward(parts)
 
     def _by_ends(self) -> list[Tensor]:
@@ -230,7 +227,7 @@ class _Descent:
         """Codes uint8 [n, columns] and stored scales of the best state."""
         _, ranks, numbers, parts = self._best
         codes = self.fmt.block.merge(self.ladder.codes(ranks), *self.shape)
-        return codes, parts if self.together else whole.store(self.fmt, numbers, self.shared)
+        return codes, parts if self.together else self.fmt.store(numbers, self.shared)
 
 
 def _fields(numbers: Effective) -> tuple[Tensor, Tensor | None, Tensor | None]:

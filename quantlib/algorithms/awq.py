@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from quantlib.algorithms import blocks as whole
 from quantlib.algorithms.base import Algorithm, Scaling, get_algorithm, register_algorithm, require_inputs, validate_weight
+from quantlib.algorithms.hessian import padded
 from quantlib.algorithms.rtn import RTN
 from quantlib.algorithms.statistics import InputStatistics, Need
 from quantlib.errors import QuantlibError
@@ -151,15 +152,13 @@ class AWQ:
             low = -high
         cols = fmt.block.cols or columns
         across = columns // cols
-        padded = functional.pad(hessian, (0, columns - k, 0, columns - k)).view(across, cols, across, cols)
-        own = padded.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [G, cols, cols]
+        tiles = padded(hessian, columns).view(across, cols, across, cols)
+        own = tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [G, cols, cols]
 
         def errors(candidate: Tensor) -> Tensor:
             found = self._trial.quantize(candidate, fmt, inputs).dequantize(torch.float32)
             error = functional.pad(found - weight, (0, columns - k)).view(n, across, cols).transpose(0, 1)
-            by_row = ((error @ own) * error).sum(dim=2).T
-            height = fmt.block.rows or n
-            return functional.pad(by_row, (0, 0, 0, -n % height)).reshape(-1, height, across).sum(dim=1)
+            return whole.sum_rows(fmt, ((error @ own) * error).sum(dim=2).T)
 
         share = torch.ones_like(high)
         least = errors(weight)

@@ -9,18 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from quantlib.formats.base import Format
-from quantlib.formats.effective import Effective
 from quantlib.formats.packing import pack
 from quantlib.formats.scales import Parts
 from quantlib.tensor import QuantizedTensor
-
-
-def store(fmt: Format, numbers: Effective, shared: Parts) -> Parts:
-    """Every part but `codes`, from numbers fp32 [R, G]. Raises FormatError where one is out of range."""
-    parts = fmt.scale.store(numbers.scale, numbers.minimum, shared)
-    if numbers.zero is not None:
-        parts["zeros"] = numbers.zero.to(torch.uint8)
-    return parts
 
 
 def split(fmt: Format, weight: Tensor) -> Tensor:
@@ -44,13 +35,9 @@ def live(fmt: Format, n: int, k: int, device: torch.device) -> Tensor | None:
 
 def nearest(fmt: Format, weight: Tensor, parts: Parts) -> QuantizedTensor:
     """weight [n, k] under stored scales, every element at its nearest code."""
-    numbers = fmt.effective(parts)
-    shape = (weight.shape[0], fmt.padded(weight.shape[1]))
-    codes = torch.empty(shape, dtype=torch.uint8, device=weight.device)
-    for rows, grid, blocks in slabs(fmt, weight):
-        found = fmt.encode_blocks(blocks, numbers.rows(grid.start, grid.stop))
-        codes[rows] = fmt.block.merge(found, rows.stop - rows.start, shape[1])
-    return packed(fmt, codes, parts, weight.shape[1])
+    n, k = weight.shape
+    found = {"codes": fmt.encode_under(weight, fmt.effective(parts)), **parts}
+    return QuantizedTensor(fmt, (n, k), {name: found[name] for name in fmt.specs(n, k)})
 
 
 def packed(fmt: Format, codes: Tensor, parts: Parts, k: int) -> QuantizedTensor:
@@ -58,3 +45,10 @@ def packed(fmt: Format, codes: Tensor, parts: Parts, k: int) -> QuantizedTensor:
     whole = {"codes": pack(codes, fmt.codec.bits), **parts}
     ordered = {name: whole[name].clone(memory_format=torch.contiguous_format) for name in fmt.specs(len(codes), k)}
     return QuantizedTensor(fmt, (len(codes), k), ordered)
+
+
+def sum_rows(fmt: Format, rows: Tensor) -> Tensor:
+    """[n, ...] -> [R, ...]: sums over the rows of each row of blocks."""
+    height = fmt.block.rows or max(len(rows), 1)
+    padding = (0, 0) * (rows.dim() - 1) + (0, -len(rows) % height)
+    return functional.pad(rows, padding).reshape(-1, height, *rows.shape[1:]).sum(dim=1)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from quantlib.algorithms.blocks import packed
 from quantlib.formats.base import Format
 from quantlib.formats.effective import Effective
-from quantlib.formats.packing import pack
 from quantlib.formats.scales import DoubleQuantScale, FloatScale, Parts
 from quantlib.formats.search import Search
 from quantlib.tensor import QuantizedTensor
@@ -83,14 +83,8 @@ class Grid:
 
     def result(self, codes: Tensor, scales: Parts | None = None) -> QuantizedTensor:
         """The packed weight of codes uint8 [columns, n]; `scales`: as they are stored already."""
-        parts = {"codes": pack(codes.T.contiguous(), self.fmt.codec.bits)}
-        if scales is None:
-            scales = self.fmt.scale.store(self.numbers.scale, self.numbers.minimum, self.shared)
-            if self.numbers.zero is not None:
-                scales["zeros"] = self.numbers.zero.to(torch.uint8)
-        parts |= scales
-        ordered = {part: parts[part].clone(memory_format=torch.contiguous_format) for part in self.fmt.specs(self.n, self.k)}
-        return QuantizedTensor(self.fmt, (self.n, self.k), ordered)
+        scales = self.fmt.store(self.numbers, self.shared) if scales is None else scales
+        return packed(self.fmt, codes.T.contiguous(), scales, self.k)
 
 
 def _pairs(mine: Effective, theirs: Effective) -> list[tuple[Tensor, Tensor]]:

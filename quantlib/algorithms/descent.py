@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from quantlib.algorithms.blocks import sum_rows
 from quantlib.algorithms.columns import Grid
 from quantlib.formats.codecs import decode
 from quantlib.formats.scales import SuperScale
@@ -69,13 +69,8 @@ def _step(
 ) -> None:  # fmt: skip
     """Move the numbers [R] of one block of columns, in place, along `direction` [columns, n] to the best that can be stored."""
     n = direction.shape[1]
-    rows = grid.fmt.block.rows or max(n, 1)
     curved = hessian[start:stop, start:stop] @ direction
-
-    def per_block(sums: Tensor) -> Tensor:
-        return functional.pad(sums, (0, -n % rows)).view(-1, rows).sum(1)
-
-    gain, curvature = per_block((direction * slope[start:stop]).sum(0)), per_block((direction * curved).sum(0))
+    gain, curvature = (sum_rows(grid.fmt, (direction * part).sum(0)) for part in (slope[start:stop], curved))
     present = numbers[:, block]
     wanted = present.to(gain.dtype) + torch.where(curvature > 0, gain / curvature, 0.0)
     stored = _storable(grid, numbers, block, wanted.to(torch.float32))

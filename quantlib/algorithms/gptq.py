@@ -13,7 +13,7 @@ from torch.nn import functional
 from quantlib.algorithms.base import register_algorithm, require_inputs, validate_weight
 from quantlib.algorithms.columns import Grid, storable
 from quantlib.algorithms.descent import descend
-from quantlib.algorithms.hessian import damped, inverse_factor
+from quantlib.algorithms.hessian import damped, inverse_factor, padded
 from quantlib.algorithms.statistics import InputStatistics, Need
 from quantlib.formats.base import Format
 from quantlib.formats.search import Search
@@ -61,10 +61,9 @@ class GPTQ:
         weight = weight.detach()
         work = torch.float64 if weight.device.type == "cpu" else torch.float32
         hessian = inputs.hessian.to(device=weight.device, dtype=work)
-        more = fmt.padded(weight.shape[1]) - weight.shape[1]
         # A zero on the diagonal is a column that no input reaches; padding is such a column.
-        hessian = damped(functional.pad(hessian, (0, more, 0, more)), 0.0)
-        columns = functional.pad(weight.to(work), (0, more)).T.contiguous()
+        hessian = damped(padded(hessian, fmt.padded(weight.shape[1])), 0.0)
+        columns = functional.pad(weight.to(work), (0, len(hessian) - weight.shape[1])).T.contiguous()
 
         plain = storable(fmt)
         grid = Grid.empty(plain, weight)
@@ -72,7 +71,7 @@ class GPTQ:
         if plain is fmt:
             return grid.result(codes)
         # Scales that are quantized together: the first pass gave numbers, the second takes what storing leaves of them.
-        stored = fmt.scale.store(grid.numbers.scale, None, grid.shared)
+        stored = fmt.store(grid.numbers, grid.shared)
         grid = Grid(fmt, grid.n, grid.k, grid.shared, fmt.effective(stored))
         return grid.result(self._solve(columns, grid, hessian, name, fitted=True), stored)
 

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from quantlib.errors import QuantlibError
 
 ATTEMPTS = 20
+
+
+def padded(hessian: Tensor, columns: int) -> Tensor:
+    """[K, K] -> [columns, columns]: further columns are such as no input reaches."""
+    more = columns - len(hessian)
+    return functional.pad(hessian, (0, more, 0, more))
 
 
 def damped(hessian: Tensor, percent: float) -> Tensor:

@@ -78,7 +78,7 @@ class HQQ:
             self._solve(_Slab(fmt, rows, part, weight), numbers.rows(grid.start, grid.stop), shared)
             for rows, grid, part in whole.slabs(fmt, weight)
         ]
-        best = whole.store(fmt, Effective.cat(found), shared)
+        best = fmt.store(Effective.cat(found), shared)
         return whole.nearest(fmt, weight, self._better(weight, fmt, start, best, shared))
 
     def _better(self, weight: Tensor, fmt: Format, start: Parts, best: Parts, shared: Parts) -> Parts:
@@ -87,7 +87,7 @@ class HQQ:
         count = fmt.scale.count
         better = (after - before).view(len(after), -1, count).sum(dim=2) < 0
         mixed = fmt.effective(start).where(better.repeat_interleave(count, dim=1), fmt.effective(best))
-        chosen = whole.store(fmt, mixed, shared)
+        chosen = fmt.store(mixed, shared)
         ways = [(float(before.sum()), start), (float(after.sum()), best)]
         ways.append((float(self._errors(weight, fmt, chosen).sum()), chosen))
         if bool(better.all()):  # what `mixed` would be stored as a second time

@@ -80,8 +80,9 @@ def fold_segment(
     """
     folds: list[Fold] = []
     left: list[str] = []
+    plain = _answer(segment)
     for stage in segment.stages:
-        fold = next((fold for fold in _suggested(model, stage) if _cancels(model, segment, fold)), None)
+        fold = next((fold for fold in _suggested(model, stage) if _cancels(model, segment, fold, plain)), None)
         if fold is None:
             watch(f"{segment.name or 'model'}: {NO_SCALES} ({', '.join(name.rpartition('.')[2] for name in stage)})")
             left += stage
@@ -205,15 +206,14 @@ def _folded(model: nn.Module, fold: Fold, factors: Tensor, layers: bool = True) 
             setattr(owner, name, parameter)
 
 
-def _cancels(model: nn.Module, segment: Segment, fold: Fold) -> bool:
-    """Whether the segment answers the first batch as before, up to rounding, with factors 1/2, 1 and 2 folded in.
+def _cancels(model: nn.Module, segment: Segment, fold: Fold, plain: Tensor) -> bool:
+    """Whether the segment answers the first batch as before (`plain`), up to rounding, with factors 1/2, 1 and 2 folded in.
 
     What the rounding may be is counted against the change that the module's own part makes.
     """
     module: Any = model.get_submodule(fold.module)
     generator = torch.Generator().manual_seed(0)
     factors = 2.0 ** torch.randint(-1, 2, (len(module.weight),), generator=generator)
-    plain = _answer(segment)
     with _folded(model, fold, factors):
         both = _answer(segment)
     with _folded(model, fold, factors, layers=False):

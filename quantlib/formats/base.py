@@ -141,9 +141,7 @@ class Format:
         minimum = _cat([fit.minimum for fit in fits]) if self.zero == "minimum" else None
         if not fits and self.zero != "none":
             zero, minimum = (scale, None) if self.zero == "integer" else (None, scale)
-        parts = self.scale.store(scale, minimum, shared)
-        if zero is not None:
-            parts["zeros"] = zero.to(torch.uint8)
+        parts = self.store(Effective(scale, zero, minimum), shared)
         # A clone, because `contiguous` leaves odd strides in dimensions of size one, and parts are viewed as bytes.
         return {name: part.clone(memory_format=torch.contiguous_format) for name, part in parts.items()}
 
@@ -189,6 +187,16 @@ class Format:
         zero = parts["zeros"].to(torch.float32) if self.zero == "integer" else None
         return Effective(scale, zero, minimum)
 
+    def store(self, numbers: Effective, shared: Parts) -> Parts:
+        """Every part but `codes`, from the fp32 numbers [R, G] of every block: what `effective` reads back, rounded.
+
+        Raises FormatError where one is out of range.
+        """
+        parts = self.scale.store(numbers.scale, numbers.minimum, shared)
+        if numbers.zero is not None:
+            parts["zeros"] = numbers.zero.to(torch.uint8)
+        return parts
+
     def encode_blocks(self, blocks: Tensor, numbers: Effective) -> Tensor:
         """blocks fp32 [R, G, B] -> codes uint8 [R, G, B]; a block whose scale is zero encodes zero."""
         scale = numbers.scale[..., None]
@@ -214,6 +222,10 @@ class Format:
         numbers = self.effective(parts)
         if isinstance(self.scale, DoubleQuantScale):
             numbers = Effective(self.scale.before_rounding(self._absmax(weight) / self.codec.divisor, parts))
+        return self.encode_under(weight, numbers)
+
+    def encode_under(self, weight: Tensor, numbers: Effective) -> Tensor:
+        """weight [n, k], float -> packed `codes` uint8 of the rows layout, nearest under the numbers [R, G] of their blocks."""
         own = accelerator(weight.device)
         codes = None if own is None else own.encode(self, weight, numbers)
         return self._encode(weight, numbers) if codes is None else codes
