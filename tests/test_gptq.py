@@ -13,6 +13,8 @@ from torch import Tensor
 import quantlib
 from quantlib.algorithms import GPTQ, RTN, Algorithm, InputStatistics
 from quantlib.formats.packing import unpack
+from quantlib.formats.search import TorchProblem
+from quantlib.kernels import cpu
 from tests.cases import FORMATS
 
 
@@ -194,3 +196,17 @@ def test_the_outer_product_is_that_of_all_tokens() -> None:
     torch.testing.assert_close(statistics.hessian, 2 / 700 * (x.T @ x), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(statistics.mean_square, x.square().mean(0))
     assert replace(statistics, outer=None).output_error(torch.zeros(4, 1100), torch.zeros(4, 1100)) == 0.0
+
+
+@pytest.mark.skipif(cpu.unavailable is not None, reason=str(cpu.unavailable))
+@pytest.mark.parametrize("spec", ["int4-g64", "nvfp4", "nf4", "q4_k"])
+def test_scales_of_groups_are_searched_in_c(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each group's columns reach the extension in an order that it reads; the search in torch takes several times as long."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the search went to torch")
+
+    monkeypatch.setattr(TorchProblem, "__init__", refuse)
+    x = correlated(300, 256)
+    found = GPTQ().quantize(torch.randn(16, 256), quantlib.get_format(spec), inputs_of(x))
+    assert found.shape == (16, 256)

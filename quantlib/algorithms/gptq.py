@@ -109,7 +109,7 @@ class GPTQ:
 
     def _fit(self, grid: Grid, columns: Tensor, start: int, importance: Tensor) -> None:
         weights = importance[start : start + grid.group] if self.search == "mse" else None
-        grid.fit(start, columns.T.to(torch.float32), weights, self.search)
+        grid.fit(start, columns.T.to(torch.float32, memory_format=torch.contiguous_format), weights, self.search)
 
     def _order(self, diagonal: Tensor, group: int) -> Tensor:
         """The order in which columns are rounded; whole groups of `group` columns stay together."""
