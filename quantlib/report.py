@@ -81,8 +81,10 @@ class PatchReport:
     def table(self) -> Table:
         """Layers that agree in shape, format and kernels share a line."""
         table = Table(title=self.summary(), title_justify="left")
-        for header in ("layers", "shape", "format", "bits/weight", "MB", "error", "kernel per M"):
-            table.add_column(header, justify="right" if header in ("bits/weight", "MB", "error") else "left")
+        calibrated = any(layer.output_error is not None for layer in self.layers)
+        figures = ("bits/weight", "MB", "error", *(["output error"] if calibrated else []))
+        for header in ("layers", "shape", "format", *figures, "kernel per M"):
+            table.add_column(header, justify="right" if header in figures else "left")
         for group in self._groups():
             first = group[0]
             names = first.name if len(group) == 1 else f"{first.name} .. {group[-1].name} ({len(group)})"
@@ -94,6 +96,7 @@ class PatchReport:
                 f"{first.bits_per_weight:.3f}",
                 f"{sum(layer.nbytes for layer in group) / 1e6:.2f}",
                 f"{error:.4f}",
+                *([_mean_text([layer.output_error for layer in group])] if calibrated else []),
                 _kernels_text(first.kernels),
             )
         remarks = [] if not self.skipped else [f"left as they are: {_listed(self.skipped)}"]
@@ -120,6 +123,11 @@ class PatchReport:
         with console.capture() as capture:
             console.print(self.table())
         return capture.get()
+
+
+def _mean_text(errors: Sequence[float | None]) -> str:
+    known = [error for error in errors if error is not None]
+    return f"{sum(known) / len(known):.4f}" if known else "-"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -348,6 +348,10 @@ def test_compare_measures_every_method(run, saved: Path, tmp_path: Path) -> None
     by_name = {variant["name"]: variant for variant in found["variants"]}
     assert by_name["bf16"]["bits_per_weight"] == 16
     assert by_name["bf16"]["nbytes"] == found["original"]["nbytes"] // 2
+    assert by_name["nvfp4"]["output_errors"] == {}
+    errors = by_name["nvfp4:gptq"]["output_errors"]
+    assert set(errors) == set(by_name["nvfp4"]["layer_errors"])
+    assert all(0 < error < 1 for error in errors.values())
     assert by_name["nvfp4"]["evaluation"]["perplexity"] == by_name["nvfp4:rtn"]["evaluation"]["perplexity"]
     assert (tmp_path / "out" / "report.html").is_file()
     refused(run("compare", saved, "--methods", "nvpf4", "-o", tmp_path / "no"), "'nvpf4' is no dtype and no algorithm", "nvfp4")

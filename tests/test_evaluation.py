@@ -309,7 +309,7 @@ def test_the_default_text_is_pydocs_topics() -> None:
     assert "\n\n" in text
 
 
-def comparison() -> Comparison:
+def comparison(output_error: float | None = None) -> Comparison:
     nll = torch.full((8,), 2.0)
     kl = torch.linspace(0.1, 0.2, 8)
     divergence = Divergence.from_samples(kl, torch.ones(8, dtype=torch.bool), nll + 0.1, nll)
@@ -317,8 +317,9 @@ def comparison() -> Comparison:
     changed = Evaluation("A", 9, 1, 8, "0" * 16, nll + 0.1, divergence)
     original = Variant("float32", base, 32.0, 4_000_000, 5_000_000, "Paris.", 10.0)
     errors = {f"layers.{depth}.{kind}": 0.1 for depth in range(3) for kind in ("q_proj", "up_proj")}
+    outputs = {} if output_error is None else dict.fromkeys(errors, output_error)
     variants = tuple(
-        Variant(name, changed, 4.5, 560_000, 1_500_000, "<b>Lyon</b> & Paris", 20.0, errors, {1: ["reference_linear"]})
+        Variant(name, changed, 4.5, 560_000, 1_500_000, "<b>Lyon</b> & Paris", 20.0, errors, {1: ["reference_linear"]}, outputs)
         for name in ("nvfp4", "nf4")
     )
     return Comparison("A test", original, variants, "Which city?", "Its weights came from a grid.", {"torch": "9.9"})
@@ -338,6 +339,14 @@ def test_the_report_holds_figures_pictures_texts_and_the_caveat(tmp_path: Path) 
         assert (where.parent / name).read_bytes().startswith(b"\x89PNG")
     results = json.loads((where.parent / "results.json").read_text())
     assert results["variants"][0]["evaluation"]["divergence"]["kl"] == pytest.approx(0.15)
+
+
+def test_calibrated_variants_show_the_errors_of_outputs(tmp_path: Path) -> None:
+    where = write_report(comparison(output_error=0.03), tmp_path)
+    assert where.read_text().count("data:image/png;base64,") == 3
+    assert (where.parent / "output_errors.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((where.parent / "results.json").read_text())
+    assert set(results["variants"][0]["output_errors"].values()) == {0.03}
 
 
 def test_a_report_that_cannot_be_written_says_so(tmp_path: Path) -> None:

@@ -169,9 +169,18 @@ def _variant(
     report = patch(quantized, method.spec, algorithm=method.algorithm, calibration=calibration, progress=out.is_terminal)
     evaluation = evaluate(quantized, reference.windows, reference=reference)
     text, speed = _generate(quantized, tokenizer, prompt, tokens)
-    errors = {layer.name: layer.error for layer in report.layers}
-    size = _model_bytes(quantized)
-    return Variant(method.name, evaluation, report.bits_per_weight, report.nbytes, size, text, speed, errors, _kernels(report))
+    return Variant(
+        method.name,
+        evaluation,
+        report.bits_per_weight,
+        report.nbytes,
+        _model_bytes(quantized),
+        text,
+        speed,
+        {layer.name: layer.error for layer in report.layers},
+        _kernels(report),
+        {layer.name: layer.output_error for layer in report.layers if layer.output_error is not None},
+    )
 
 
 def _converted(model: Any, tokenizer: Any, name: str, reference: ReferenceLogits, prompt: str, tokens: int) -> Variant:

@@ -20,7 +20,8 @@ class Variant:
     bits_per_weight      of the quantized layers (of the same layers, for the original)
     layers_nbytes        bytes of those layers' weights; nbytes: of the whole model, embedding included
     text                 what it generated, greedily; tokens_per_second: how fast, prompt included, on this machine
-    layer_errors         layer -> relative weight error
+    layer_errors         layer -> relative weight error; output_errors: -> relative error of its output on the calibration
+                         tokens, as it was when the layer was quantized, where there were any
     kernels              rows of x -> names of the kernels that ran
     """
 
@@ -33,6 +34,7 @@ class Variant:
     tokens_per_second: float
     layer_errors: dict[str, float] = field(default_factory=dict)
     kernels: dict[int, list[str]] = field(default_factory=dict)
+    output_errors: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -46,6 +48,7 @@ class Variant:
             "evaluation": self.evaluation.to_dict(),
             "kernels": {str(m): names for m, names in self.kernels.items()},
             "layer_errors": self.layer_errors,
+            "output_errors": self.output_errors,
         }
 
 

@@ -82,10 +82,11 @@ def size_against_kl(variants: Sequence[Variant], subtitle: str) -> bytes:
     return png(figure)
 
 
-def layer_errors(errors: Mapping[str, Mapping[str, float]]) -> bytes:
-    """PNG: relative weight error ||decoded - weight|| / ||weight||, by depth (left) and by kind of layer (right).
+def layer_errors(errors: Mapping[str, Mapping[str, float]], of: str = "weight") -> bytes:
+    """PNG: relative errors, by depth (left) and by kind of layer (right).
 
     errors: format -> layer name -> error. The first number in a layer's name is its depth, the last word its kind.
+    of: what they are errors of, in a word.
     Raises QuantlibError where there is none.
     """
     if not any(errors.values()):
@@ -102,7 +103,7 @@ def layer_errors(errors: Mapping[str, Mapping[str, float]]) -> bytes:
         positions = [kinds.index(kind) + shift for kind in means]
         by_kind.plot(positions, list(means.values()), linestyle="none", **style | {"markersize": 6})
     by_depth.set_xlabel("block")
-    by_depth.set_ylabel("relative weight error")
+    by_depth.set_ylabel(f"relative {of} error")
     by_depth.set_ylim(bottom=0)
     by_depth.set_title("By depth, mean over a block's layers", loc="left", fontsize=10)
     by_kind.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")

@@ -53,7 +53,8 @@ def machine_facts() -> dict[str, str]:
 
 
 def write_report(comparison: Comparison, directory: Path) -> Path:
-    """Write size_against_kl.png, layer_errors.png, results.json and, last, report.html; returns the path of report.html.
+    """Write size_against_kl.png, layer_errors.png, output_errors.png where any variant was calibrated, results.json and, last,
+    report.html; returns the path of report.html.
 
     Raises QuantlibError where the extra is missing or the directory can't be written.
     """
@@ -61,6 +62,8 @@ def write_report(comparison: Comparison, directory: Path) -> Path:
         "size_against_kl.png": plots.size_against_kl(comparison.variants, comparison.protocol),
         "layer_errors.png": plots.layer_errors({variant.name: variant.layer_errors for variant in comparison.variants}),
     }
+    if outputs := {variant.name: variant.output_errors for variant in comparison.variants if variant.output_errors}:
+        pictures["output_errors.png"] = plots.layer_errors(outputs, "output")
     page = _render(comparison, pictures)
     try:
         directory.mkdir(parents=True, exist_ok=True)
