@@ -103,7 +103,7 @@ class AWQ:
         shares = [_shares(weight, fmt) for weight, fmt in zip(weights, formats, strict=True)]
         w = over_copies(sum(shares, torch.zeros_like(shares[0])) / sum(len(weight) for weight in weights))
         for duo in (False, True) if self.duo_scaling == "both" else (self.duo_scaling,):
-            for step in range(self.n_grid):
+            for step in range(0 if duo else 1, self.n_grid):  # without w, r = 0 scales nothing
                 r = step / self.n_grid
                 s = _bounded(x) ** r
                 if duo:
