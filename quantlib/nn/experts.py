@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quantlib import grouped_dispatch
-from quantlib.algorithms import Algorithm, get_algorithm
-from quantlib.errors import CheckpointError, ShapeError
+from quantlib.algorithms import RTN, Algorithm, InputStatistics, Scaling, get_algorithm
+from quantlib.errors import CheckpointError, QuantlibError, ShapeError
 from quantlib.experts import QuantizedExperts
 from quantlib.formats import get_format
 from quantlib.formats.base import Format
 from quantlib.grouped_ops import grouped_linear_from_parts
 from quantlib.nn.linear import FORMAT_KEY, _move
+from quantlib.tensor import QuantizedTensor
 
 
 class GroupedLinear(nn.Module):
@@ -118,11 +119,7 @@ class QuantExperts(nn.Module):
         kernel: str | None = None,
     ) -> None:
         super().__init__()
-        experts, twice, hidden = gate_up.shape
-        if twice % 2 or down.shape != (experts, hidden, twice // 2):
-            raise ShapeError(
-                f"gate_up is {list(gate_up.shape)} and down {list(down.shape)}; expected [E, 2 I, H] and [E, H, I]"
-            )
+        _check_shapes(gate_up.shape, down.shape)
         self.gate_up = GroupedLinear(gate_up, kernel=kernel)
         self.down = GroupedLinear(down, kernel=kernel)
         self.activation = activation
@@ -135,14 +132,28 @@ class QuantExperts(nn.Module):
         format: str | Format = "nvfp4",
         algorithm: str | Algorithm = "rtn",
         activation: Callable[[Tensor], Tensor] = functional.silu,
+        calibration: tuple[Tensor, Tensor] | None = None,
     ) -> QuantExperts:
-        """Quantize gate_up [E, 2 I, H] and down [E, H, I], each expert by itself. Raises as `quantlib.quantize`."""
-        quantize, fmt = get_algorithm(algorithm).quantize, get_format(format)
-        stacks = [
-            QuantizedExperts.stack([quantize(weight, fmt, name=f"{name}[{e}]") for e, weight in enumerate(weights)])
-            for name, weights in (("gate_up", gate_up), ("down", down))
-        ]
-        return cls(stacks[0], stacks[1], activation)
+        """Quantize gate_up [E, 2 I, H] and down [E, H, I], each expert by itself.
+
+        calibration  hidden [T, H] and the router's indices [T, top_k] of sample tokens, for algorithms that know inputs: each
+                     expert learns from the tokens sent to it, `down` from what the quantized `gate_up` makes of them. An expert
+                     that is sent none is rounded to nearest
+
+        Raises as `quantlib.quantize`; QuantlibError where calibration is missing, needless, or the algorithm scales inputs.
+        """
+        fmt, method = get_format(format), get_algorithm(algorithm)
+        _check_shapes(gate_up.shape, down.shape)
+        _check_calibration(method, gate_up.shape, calibration)
+        above, below = [], []
+        for e, (first, second) in enumerate(zip(gate_up, down, strict=True)):
+            x = None if calibration is None else calibration[0][(calibration[1] == e).any(dim=1)]
+            above.append(_quantized(first, fmt, method, x, f"gate_up[{e}]"))
+            if x is not None:
+                gate, up = (x.float() @ above[-1].dequantize(torch.float32).T).chunk(2, dim=-1)
+                x = activation(gate) * up
+            below.append(_quantized(second, fmt, method, x, f"down[{e}]"))
+        return cls(QuantizedExperts.stack(above), QuantizedExperts.stack(below), activation)
 
     def prepare(self, dtype: torch.dtype) -> QuantExperts:
         """Bring the weights into the layout that their device's kernels like best for activations of `dtype`; returns self."""
@@ -163,3 +174,36 @@ class QuantExperts(nn.Module):
         y = self.down(self.activation(gate) * up, offsets, row_scale=weights.flatten()[order])
         place = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
         return cast(Tensor, y[place].view(*indices.shape, y.shape[1]).sum(1))
+
+
+def _check_shapes(gate_up: Sequence[int], down: Sequence[int]) -> None:
+    if len(gate_up) != 3 or gate_up[1] % 2 or tuple(down) != (gate_up[0], gate_up[2], gate_up[1] // 2):
+        raise ShapeError(f"gate_up is {list(gate_up)} and down {list(down)}; expected [E, 2 I, H] and [E, H, I]")
+
+
+def _check_calibration(method: Algorithm, gate_up: Sequence[int], calibration: tuple[Tensor, Tensor] | None) -> None:
+    if isinstance(method, Scaling):
+        raise QuantlibError(f"algorithm {method.name!r} scales what comes before a layer, and experts share it: name its base")
+    if calibration is None:
+        return
+    if method.needs == "nothing":
+        raise QuantlibError(f"algorithm {method.name!r} takes no calibration data")
+    (hidden, indices), (experts, _, width) = calibration, gate_up
+    if hidden.dim() != 2 or hidden.shape[1] != width or indices.dim() != 2 or len(indices) != len(hidden):
+        raise ShapeError(
+            f"calibration is {list(hidden.shape)}, {list(indices.shape)}; expected hidden [T, {width}] and indices [T, top_k]"
+        )
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < experts:
+        raise ShapeError(
+            f"calibration's indices reach from {int(indices.min())} to {int(indices.max())}; there are {experts} experts"
+        )
+
+
+def _quantized(weight: Tensor, fmt: Format, method: Algorithm, x: Tensor | None, name: str) -> QuantizedTensor:
+    if x is None:
+        return method.quantize(weight, fmt, name=name)
+    if not len(x):
+        return RTN().quantize(weight, fmt, name=name)
+    inputs = InputStatistics.empty(weight.shape[1], method.needs, weight.device)
+    inputs.add(x.to(weight.device), name)
+    return method.quantize(weight, fmt, inputs, name)
