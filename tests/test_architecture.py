@@ -36,6 +36,7 @@ LEVELS = {
     "patch": 5,
     "plan": 5,
     "explain": 5,
+    "options": 5,
     "tuning": 5,
     "serialization": 5,
     "evaluation": 5,

@@ -12,7 +12,6 @@ from quantlib.algorithms.base import (
 )
 from quantlib.algorithms.gptq import GPTQ
 from quantlib.algorithms.hqq import HQQ
-from quantlib.algorithms.options import from_options
 from quantlib.algorithms.rtn import RTN, quantize
 from quantlib.algorithms.statistics import InputStatistics, Need
 
@@ -26,7 +25,6 @@ __all__ = [
     "InputStatistics",
     "Need",
     "Scaling",
-    "from_options",
     "get_algorithm",
     "list_algorithms",
     "quantize",

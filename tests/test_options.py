@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import quantlib
-from quantlib.algorithms import AWQ, GPTQ, from_options
+from quantlib.algorithms import AWQ, GPTQ
+from quantlib.options import from_options
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from quantlib.algorithms.awq import AWQ
-from quantlib.algorithms.base import Algorithm
-from quantlib.algorithms.gptq import GPTQ
+from quantlib.algorithms import AWQ, GPTQ, Algorithm
 from quantlib.errors import QuantlibError
 from quantlib.formats import get_format
 from quantlib.selection import DEFAULT_SKIP
