@@ -2,6 +2,7 @@
 
     python -m bench.quality                          rows that bench/results/quality/demo.jsonl lacks; hours, may be stopped
     python -m bench.quality --only nvfp4 --seeds 1   rows whose format begins so; of the seeds the first
+    python -m bench.quality --algorithm gptq         rows whose algorithm begins so, tuned or not
     python -m bench.quality --update                 no run: write the table into docs/quality.md
 
 A row is of one seed. Text that calibrates ("topics": pydoc's, without its first quarter; "docstrings": the standard library's)
@@ -17,7 +18,7 @@ import statistics
 import sysconfig
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,14 @@ def _cases() -> Iterator[Case]:
     for spec in ("int4-g64", "nvfp4", "nf4", "mxfp4"):
         yield Case(spec, "rtn")
         yield Case(spec, "rtn-mse")
-        for text in ("topics", "docstrings"):
-            yield Case(spec, "rtn-importance", text)
-            yield Case(spec, "gptq", text)
+        yield Case(spec, "rtn-importance", "topics")
+        yield Case(spec, "gptq", "topics")
         yield Case(spec, "gptq", "topics", tuned=True)
-        yield Case(spec, "awq", "topics")
-        yield Case(spec, "autoround", "topics")
+        if spec == "int4-g64":
+            yield Case(spec, "rtn-importance", "docstrings")
+            yield Case(spec, "gptq", "docstrings")
+            yield Case(spec, "awq", "topics")
+            yield Case(spec, "autoround", "topics")
     yield Case("q4_k", "rtn-mse")
     yield Case("q4_k", "rtn-importance", "topics")
 
@@ -111,41 +114,71 @@ def read_rows() -> list[Row]:
     return [Row(**json.loads(line)) for line in lines]
 
 
-def run(case: Case, seed: int, model: Any, tokenizer: Any, reference: ReferenceLogits) -> Row:
-    """Quantize a copy and score it."""
-    assert reference.evaluation is not None
-    quantized, started = structural_copy(model), time.perf_counter()
+@dataclass(frozen=True)
+class Quantized:
+    """A case's model before scales are tuned."""
+
+    case: Case
+    seed: int
+    model: Any
+    tokens: torch.Tensor | None
+    bits_per_weight: float
+    seconds: float
+
+
+def quantized(case: Case, seed: int, model: Any, tokenizer: Any) -> Quantized:
+    """Quantize a copy as the case says, without tuning."""
+    copy, started = structural_copy(model), time.perf_counter()
     tokens = None
     if case.text:
         text = None if case.text == "topics" else docstrings()
         tokens = quantlib.calibration_tokens(text, tokenizer, samples=SAMPLES, length=LENGTH, seed=seed)
-    report = quantlib.patch(quantized, case.spec, algorithm=case.algorithm, calibration=tokens, progress=False)
+    report = quantlib.patch(copy, case.spec, algorithm=case.algorithm, calibration=tokens, progress=False)
+    return Quantized(replace(case, tuned=False), seed, copy, tokens, report.bits_per_weight, time.perf_counter() - started)
+
+
+def scored(case: Case, found: Quantized, model: Any, reference: ReferenceLogits) -> Row:
+    """The row of a quantized model, its scales tuned (in place) where the case says so."""
+    assert reference.evaluation is not None
+    seconds = found.seconds
     if case.tuned:
-        assert tokens is not None
-        print(quantlib.tune_scales(quantized, model, tokens), flush=True)
-    seconds = time.perf_counter() - started
-    found = evaluate(quantized, reference.windows, reference=reference, progress=False)
-    assert found.divergence is not None
+        assert found.tokens is not None
+        tuning = quantlib.tune_scales(found.model, model, found.tokens)
+        print(tuning, flush=True)
+        seconds += tuning.seconds
+    score = evaluate(found.model, reference.windows, reference=reference, progress=False)
+    assert score.divergence is not None
     original = reference.evaluation.perplexity
-    scores = found.perplexity, original, found.divergence.kl, found.divergence.top1, found.digest
-    return Row(case.spec, case.algorithm, case.text, case.tuned, seed, *scores, report.bits_per_weight, seconds)
+    scores = score.perplexity, original, score.divergence.kl, score.divergence.top1, score.digest
+    return Row(case.spec, case.algorithm, case.text, case.tuned, found.seed, *scores, found.bits_per_weight, seconds)
 
 
-def run_missing(only: str, seeds: int) -> None:
-    """Run and append what the results lack."""
+def run_missing(only: str, algorithm: str, seeds: range) -> None:
+    """Run and append what the results lack. A tuned case goes on with the model of the same case untuned, run just before."""
     known = {(row.case, row.seed) for row in read_rows()}
-    wanted = [(case, seed) for seed in range(seeds) for case in CASES if case.spec.startswith(only) and (case.text or not seed)]
+    wanted = [
+        (case, seed)
+        for seed in seeds
+        for case in CASES
+        if case.spec.startswith(only) and case.name.startswith(algorithm) and (case.text or not seed)
+    ]
     missing = [one for one in wanted if one not in known]
     print(f"{len(missing)} of {len(wanted)} rows to run")
     model, tokenizer = load_demo_model()
     cut = make_windows(default_text(), tokenizer, protocol="A", window=WINDOW, windows=WINDOWS)
+    last: Quantized | None = None
     with capture_reference(model, cut, progress=False) as reference:
         for case, seed in missing:
             torch.manual_seed(seed)
-            row = run(case, seed, model, tokenizer, reference)
+            if last is None or (last.case, last.seed) != (replace(case, tuned=False), seed):
+                last = quantized(case, seed, model, tokenizer)
+            row = scored(case, last, model, reference)
             with RESULTS.open("a") as file:
                 file.write(json.dumps(asdict(row)) + "\n")
-            print(f"{case.spec} {case.name} {case.text} seed {seed}: {row.perplexity:.3f}, KL {row.kl:.4f}", flush=True)
+            print(
+                f"{case.spec} {case.name} {case.text} seed {seed}: {row.perplexity:.3f}, KL {row.kl:.4f}, {row.seconds:.0f} s",
+                flush=True,
+            )
 
 
 def table(rows: list[Row]) -> list[str]:
@@ -178,13 +211,15 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="formats whose names begin so")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--algorithm", default="", help="algorithms whose names begin so")
+    parser.add_argument("--seeds", type=int, default=3, help="so many, from the first")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--update", action="store_true", help="write docs/quality.md's table")
     options = parser.parse_args()
     if options.update:
         update()
     else:
-        run_missing(options.only, options.seeds)
+        run_missing(options.only, options.algorithm, range(options.first_seed, options.seeds))
 
 
 if __name__ == "__main__":
