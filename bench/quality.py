@@ -63,8 +63,9 @@ def _cases() -> Iterator[Case]:
             yield Case(spec, "gptq", "docstrings")
             yield Case(spec, "awq", "topics")
             yield Case(spec, "autoround", "topics")
-    yield Case("q4_k", "rtn-mse")
-    yield Case("q4_k", "rtn-importance", "topics")
+    for spec in ("q4_k", "q4_0", "q5_0"):
+        yield Case(spec, "rtn-mse")
+        yield Case(spec, "rtn-importance", "topics")
 
 
 CASES = tuple(_cases())
