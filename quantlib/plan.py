@@ -2,7 +2,9 @@
 
 calibration --> sensitivity of each layer to each format: half of sum_n G_n sum_k (decoded - weight)_nk^2 E[x_k^2]
                 G_n: mean square of d(log-likelihood)/d(output n); by both, the KL that the error costs, to second order
-uniform formats --measured KL / predicted--> a factor per format: what second order leaves out
+groups of layers of about one sensitivity, in one format --measured KL / predicted--> a factor per group: second order overrates
+                large costs, and knows nothing of errors that add up
+uniform formats --measured KL / predicted--> a factor per format
 budget --Lagrangian: least predicted KL + price * bytes--> formats by layer --measured--> Plan, or the best uniform format
 """
 
@@ -13,7 +15,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,9 @@ from quantlib.selection import DEFAULT_SKIP, linear_layers, select_formats
 FORMATS = ("int3-g32", "nvfp4", "int4-g32-asym", "q6_k", "int8-g64")
 """What a plan chooses from where the caller names nothing."""
 
+GROUPS = 12
+"""So many groups of layers are measured by themselves."""
+
 VERSION = 1
 
 
@@ -55,7 +60,8 @@ class Plan(Mapping[str, str]):
     budget      the words that it was made for
     nbytes      of the layers; bits_per_weight: their mean
     predicted   KL by the sensitivities
-    measured    what was run: the plan itself under the name "plan", uniform formats under theirs
+    measured    what was run: the plan itself under the name "plan", uniform formats under theirs, and "mix" where a mixture was
+                worse than the uniform format that the plan then is
     sensitivity layer -> format -> predicted KL
     """
 
@@ -176,20 +182,23 @@ def plan(
         sensitivity[name] = _sensitivity(layer.weight, choices, statistics[name], weights[name], name)
 
     measure = _Judge(model, judging, training, statistics, method, skip)
+    middle = max((spec for spec in choices if uniform[spec] <= limit), key=lambda spec: uniform[spec])
+    for number, group in enumerate(_groups(sensitivity, middle)):
+        watch(f"measuring layers in {middle}, group {number + 1}")
+        _correct([sensitivity[name] for name in group], middle, measure(dict.fromkeys(group, middle)))
     measured = []
     for spec in choices:
         watch(f"measuring {spec}")
-        predicted = sum(row[spec] for row in sensitivity.values())
         found = Measured(spec, measure(dict.fromkeys(layers, spec)), uniform[spec])
         measured.append(found)
-        for row in sensitivity.values():
-            row[spec] *= found.kl / predicted if predicted else 1.0
+        _correct(sensitivity.values(), spec, found.kl, only=True)
     chosen = choose(sensitivity, sizes, limit)
     watch("measuring the plan")
     nbytes = sum(sizes[name][spec] for name, spec in chosen.items())
     own = Measured("plan", measure(chosen), nbytes)
     best = min((found for found in measured if found.nbytes <= limit), key=lambda found: found.kl)
     if best.kl < own.kl:
+        measured.append(replace(own, name="mix"))
         chosen, nbytes, own = dict.fromkeys(layers, best.name), best.nbytes, Measured("plan", best.kl, best.nbytes)
     bits = 8 * nbytes / sum(n * k for n, k in shapes.values())
     total = sum(sensitivity[name][spec] for name, spec in chosen.items())
@@ -258,6 +267,23 @@ def _sensitivity(
         error = (decoded - weight).double().square() @ importance
         found[spec] = 0.5 * float(error @ rows)
     return found
+
+
+def _groups(sensitivity: Mapping[str, Mapping[str, float]], spec: str) -> list[list[str]]:
+    """Layers by their cost in one format, in groups of about as many."""
+    names = sorted(sensitivity, key=lambda name: sensitivity[name][spec])
+    count = min(GROUPS, len(names))
+    return [names[len(names) * i // count : len(names) * (i + 1) // count] for i in range(count)]
+
+
+def _correct(rows: Collection[dict[str, float]], spec: str, kl: float, only: bool = False) -> None:
+    """Scale what the rows predict for all formats, or for `only` this one, so that the sum of one format's is `kl`."""
+    predicted = sum(row[spec] for row in rows)
+    if kl <= 0 or predicted <= 0:
+        return
+    for row in rows:
+        for changed in (spec,) if only else tuple(row):
+            row[changed] *= kl / predicted
 
 
 class _Judge:

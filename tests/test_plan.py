@@ -11,7 +11,7 @@ import torch
 
 import quantlib
 from quantlib.formats import get_format
-from quantlib.plan import Plan, budget_bytes, choose, output_weights, plan, plot
+from quantlib.plan import GROUPS, Plan, _correct, _groups, budget_bytes, choose, output_weights, plan, plot
 from quantlib.running import logits_of, structural_copy
 from quantlib.testing import assert_same_bits
 from tests.models import held, llama
@@ -90,6 +90,23 @@ def test_predictions_follow_what_is_measured() -> None:
         predicted.append(made.sensitivity[name]["int2-g32-asym"])
     assert max(measured) > 1000 * min(measured)
     assert float(torch.corrcoef(torch.tensor([predicted, measured]).log())[0, 1]) > 0.98
+
+
+def test_groups_hold_every_layer_once_and_are_corrected_to_what_was_measured() -> None:
+    costs = {f"layers.{i}": {"nf4": float((7 * i) % 30 + 1), "int8": 0.5} for i in range(30)}
+    groups = _groups(costs, "nf4")
+    assert sorted(name for group in groups for name in group) == sorted(costs)
+    assert len(groups) == GROUPS
+    sizes = [costs[name]["nf4"] for group in groups for name in group]
+    assert sizes == sorted(sizes)
+    assert len(_groups(dict(list(costs.items())[:5]), "nf4")) == 5
+    rows = [{"nf4": 1.0, "int8": 0.5}, {"nf4": 3.0, "int8": 0.0}]
+    _correct(rows, "nf4", 2.0)
+    assert rows == [{"nf4": 0.5, "int8": 0.25}, {"nf4": 1.5, "int8": 0.0}]
+    _correct(rows, "int8", 1.0, only=True)
+    assert rows == [{"nf4": 0.5, "int8": 1.0}, {"nf4": 1.5, "int8": 0.0}]
+    _correct(rows, "nf4", 0.0)
+    assert rows[0]["nf4"] == 0.5
 
 
 @pytest.mark.parametrize("budget", ["3.5bpw", "5.5bpw", "same size as int4-g32", "0.06MB"])
