@@ -53,15 +53,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @contextmanager
 def running(isa: str) -> Iterator[None]:
-    """Inside, the CPU kernels run in that instruction set."""
+    """Inside, the CPU kernels run in that instruction set, and dispatch knows it."""
+    from quantlib import dispatch
     from quantlib.kernels import cpu
 
     before = cpu.isa()
     cpu._cpu.set_isa(isa)
+    dispatch._select.cache_clear()
     try:
         yield
     finally:
         cpu._cpu.set_isa(before)
+        dispatch._select.cache_clear()
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ LEFT_OUT = (
 )
 LEAST_PASSED = dict(zip(FILES, (150, 70, 90, 100, 10), strict=True))
 """Of each file, whatever the number of instruction sets."""
-ONLY_IN = {"lookup": ("avx2", "avx512"), "pairs": ("avx512_bf16",)}
+ONLY_IN = {"lookup": ("avx2", "avx512"), "pairs": ("avx512_bf16", "amx"), "amx": ("amx",)}
 """How names of kernels begin that not every instruction set has."""
 
 
@@ -62,7 +62,7 @@ def test_kernels_stay_within_their_arrays_and_the_language(compiler: Compiler, t
     module, report = sanitized.build("_cpu", Variant(isas=ISAS)), tmp_path / "report.json"
     chosen = ["-k", " and ".join(f"not ({part})" for part in LEFT_OUT)]
     quiet = ["-q", "-p", "no:cacheprovider"]
-    assert_clean(sanitized.run(compiler, "-m", "tests.sanitized", str(module), str(report), *FILES, *chosen, *quiet))
+    assert_clean(sanitized.run(compiler, ISAS, "-m", "tests.sanitized", str(module), str(report), *FILES, *chosen, *quiet))
 
     found = json.loads(report.read_text())
     passed, calls = Counter(found["passed"]), Counter(found["calls"])
@@ -115,7 +115,7 @@ print("found", accelerator(torch.device("cpu")).extremes({weight}))
 """
 BEYOND, SHIFT, MISALIGNED = "heap-buffer-overflow", "left shift of 32768 by 17 places", "load of misaligned address"
 WEIGHTS = {
-    BEYOND: "torch.ones(3, 9, dtype=torch.bfloat16)",
+    BEYOND: "torch.ones(3, 17, dtype=torch.bfloat16)",
     SHIFT: "-torch.ones(1, 8, dtype=torch.float16)",
     MISALIGNED: "torch.ones(1, 9)[:, 1:]",
 }
@@ -144,7 +144,7 @@ def extremes_of(compiler: Compiler) -> Callable[[str, str, bool], Outcome]:
     modules = {edited: build(edited) for edited in (True, False)}
 
     def run(weight: str, isa: str, edited: bool) -> Outcome:
-        return sanitized.run(compiler, "-c", PROGRAM.format(weight=weight), str(modules[edited]), isa)
+        return sanitized.run(compiler, ISAS, "-c", PROGRAM.format(weight=weight), str(modules[edited]), isa)
 
     return run
 
