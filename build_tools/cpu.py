@@ -18,11 +18,13 @@ SOURCES = Path("csrc/cpu")
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i686", "i386")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+BF16 = ["-mavx512bf16", "-mavx512vbmi"]
 ISA_FLAGS: dict[str, list[str]] = {
     "scalar": [],
     "avx2": AVX2,
     "avx512": [*AVX2, *AVX512],
-    "avx512_bf16": [*AVX2, *AVX512, "-mavx512bf16", "-mavx512vbmi"],
+    "avx512_bf16": [*AVX2, *AVX512, *BF16],
+    "amx": [*AVX2, *AVX512, *BF16, "-mamx-tile", "-mamx-bf16"],
 }
 """Instruction sets in the order of QUANTLIB_ISA_LEVEL (csrc/cpu/simd.h)."""
 

@@ -40,6 +40,8 @@ MACROS = {
     "avx512dq": "__AVX512DQ__",
     "avx512_bf16": "__AVX512BF16__",
     "avx512vbmi": "__AVX512VBMI__",
+    "amx_tile": "__AMX_TILE__",
+    "amx_bf16": "__AMX_BF16__",
 }
 """By what a compiler tells a program that it takes a feature for granted."""
 IMPLIED = {"__CRC32__", "__XSAVE__"}
@@ -71,7 +73,7 @@ def test_each_set_needs_what_the_one_before_it_needs_and_scalar_nothing() -> Non
 
 
 def test_over_every_set_of_features_exactly_the_sets_whose_needs_are_met_may_run() -> None:
-    """All 2^17. So what runs needs nothing that is missing, and with one need gone the set is gone."""
+    """All 2^20. So what runs needs nothing that is missing, and with one need gone the set is gone."""
     for features in feature_sets():
         assert native.isas_for(list(features)) == expected(features), sorted(features)
 
@@ -112,12 +114,16 @@ def test_what_runs_here_is_what_the_function_says_of_this_machine() -> None:
             native.set_isa(isa)
 
 
-CPUID = ("leaf1_ecx", "leaf7_ebx", "leaf7_ecx", "leaf7_1_eax")
+CPUID = ("leaf1_ecx", "leaf7_ebx", "leaf7_ecx", "leaf7_edx", "leaf7_1_eax")
+SAVED = {"os_ymm": "avx", "os_zmm": "avx512f", "os_tiles": "amx_tile"}
+"""What an operating system saves, and what its kernel lists then."""
+EVERYTHING = 0x600E7
+"""XCR0 of a machine that saves all of it."""
 
 
 def registers(**changed: int) -> dict[str, int]:
     """A machine with everything."""
-    return dict.fromkeys(CPUID, 0xFFFFFFFF) | {"xcr0": 0xE7} | changed
+    return dict.fromkeys(CPUID, 0xFFFFFFFF) | {"xcr0": EVERYTHING} | changed
 
 
 def test_registers_that_the_operating_system_does_not_save_count_for_nothing() -> None:
@@ -125,15 +131,17 @@ def test_registers_that_the_operating_system_does_not_save_count_for_nothing() -
         return str(native.isas_for(native.features_of(**registers(xcr0=xcr0, leaf1_ecx=leaf1_ecx)))[-1])
 
     osxsave = 1 << 27
-    assert best(0xE7) == COMPILED[-1]
-    assert best(0xE7, 0xFFFFFFFF & ~osxsave) == "scalar"
-    for xcr0 in range(256):
-        wide = xcr0 & 0x06 == 0x06
-        widest = xcr0 & 0xE6 == 0xE6
-        assert best(xcr0) == expected(NEEDS["avx512_bf16" if widest else "avx2" if wide else "scalar"])[-1], hex(xcr0)
+    assert best(EVERYTHING) == COMPILED[-1]
+    assert best(EVERYTHING, 0xFFFFFFFF & ~osxsave) == "scalar"
+    for xcr0 in (low | tiles << 17 for low in range(256) for tiles in range(4)):
+        best_saved = "scalar"
+        for isa, needed in (("avx2", 0x06), ("avx512_bf16", 0xE6), ("amx", 0x600E6)):
+            if xcr0 & needed == needed:
+                best_saved = isa
+        assert best(xcr0) == expected(NEEDS[best_saved])[-1], hex(xcr0)
 
 
-@pytest.mark.parametrize("feature", sorted(set(FEATURES) - {"os_ymm", "os_zmm"}))
+@pytest.mark.parametrize("feature", sorted(set(FEATURES) - SAVED.keys()))
 def test_each_feature_is_one_bit_of_cpuid(feature: str) -> None:
     without = {(name, bit): registers(**{name: 0xFFFFFFFF & ~(1 << bit)}) for name in CPUID for bit in range(32)}
     deciding = [bit for bit, lacking in without.items() if feature not in native.features_of(**lacking)]
@@ -147,10 +155,10 @@ def test_the_features_are_those_that_the_operating_system_lists() -> None:
         pytest.skip("no /proc/cpuinfo of an x86-64 to compare with")
     lines = [line.partition(":")[2].split() for line in information.read_text().splitlines() if line.startswith("flags")]
     flags = {"sse3" if flag == "pni" else flag for flag in lines[0]}
-    names = set(FEATURES) - {"os_ymm", "os_zmm"}
+    names = set(FEATURES) - SAVED.keys()
     assert set(native.features()) & names == flags & names
-    assert ("os_ymm" in native.features()) == ("avx" in flags)
-    assert ("os_zmm" in native.features()) == ("avx512f" in flags)
+    for saved, listed in SAVED.items():
+        assert (saved in native.features()) == (listed in flags)
 
 
 def granted(compiler: Compiler, flags: list[str]) -> set[str]:
@@ -172,4 +180,4 @@ def test_a_set_asks_for_all_that_its_flags_let_a_compiler_use(name: str) -> None
         pytest.skip(f"{compiler.version} does not take {' '.join(ISA_FLAGS[name])}")
     added = granted(compiler, ISA_FLAGS[name]) - granted(compiler, [])
     features = {macro for macro in added if not macro.startswith(NO_FEATURE)} - IMPLIED
-    assert features == {MACROS[feature] for feature in NEEDS[name] - {"os_ymm", "os_zmm"}}
+    assert features == {MACROS[feature] for feature in NEEDS[name] - SAVED.keys()}

@@ -326,9 +326,9 @@ def in_new_process(code: str, isa_limit: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("limit", ["scalar", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("limit", ["scalar", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_the_environment_can_only_lower_the_instruction_set(limit: str) -> None:
-    order = ("scalar", "avx2", "avx512", "avx512_bf16")
+    order = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
     expected = max((isa for isa in ISAS if order.index(isa) <= order.index(limit)), key=order.index)
     assert in_new_process("from quantlib import _cpu; print(_cpu.isa())", limit) == expected
 
@@ -360,5 +360,5 @@ def test_the_build_is_on_record() -> None:
     record, info = cpu.build_record("_cpu"), cpu._cpu.build_info()
     assert record["built"] is True
     assert set(info["isas"]) <= set(record["isas"])
-    assert set(record["isas"]) | set(record["left_out"]) == {"scalar", "avx2", "avx512", "avx512_bf16"}
+    assert set(record["isas"]) | set(record["left_out"]) == {"scalar", "avx2", "avx512", "avx512_bf16", "amx"}
     assert info["compiler"] == record["compiler"]

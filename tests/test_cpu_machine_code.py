@@ -36,6 +36,7 @@ AT_LOADING = ("_GLOBAL__", "_Z41__static_initialization_and_destruction")
 PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 VEX, EVEX = frozenset(b"\xc4\xc5"), 0x62
 MASK_REGISTER = re.compile(r"%k[0-7]")
+TILE_INSTRUCTION = re.compile(r"ldtilecfg|sttilecfg|tile(?:loaddt?1?|stored|release|zero)|tdp(?:bf16ps|fp16ps|b[su]{2}d)")
 BF16_AND_VBMI = re.compile(r"vdpbf16ps|vcvtne2?ps2bf16[xy]?|vperm(?:|i2|t2)b|vpmultishiftqb")
 
 
@@ -48,6 +49,8 @@ def level_of_function(name: str) -> str:
 def level_of_instruction(code: bytes, text: str) -> str:
     """The least set that may hold an instruction. In 64-bit mode the bytes C4, C5 (VEX) and 62 (EVEX) begin nothing else."""
     start = next((i for i, byte in enumerate(code) if byte not in PREFIXES), 0)
+    if TILE_INSTRUCTION.match(text):
+        return "amx"
     if BF16_AND_VBMI.match(text):
         return "avx512_bf16"
     if code[start] == EVEX or (code[start] in VEX and MASK_REGISTER.search(text)):
@@ -145,6 +148,12 @@ FAULTS = {
         "#include <immintrin.h>\n",
         "unsigned run(unsigned a, unsigned b) { return _cvtmask32_u32(_kadd_mask32(_cvtu32_mask32(a), _cvtu32_mask32(b))); }",
     ),
+    "tile registers in code for AVX-512 BF16": (
+        "avx512_bf16",
+        "amx",
+        "#include <immintrin.h>\n",
+        "void run(float* x) { _tile_zero(0); _tile_stored(0, x, 64); }",
+    ),
     "BF16 in code for AVX-512": (
         "avx512",
         "avx512_bf16",
@@ -205,6 +214,9 @@ def test_a_healthy_object_has_no_leak(tmp_path: Path) -> None:
         ("67 62 f1 7c 48 10 00", "vmovups (%eax),%zmm0", "avx512"),
         ("62 f2 75 48 8d c0", "vpermb %zmm0,%zmm1,%zmm0", "avx512_bf16"),
         ("62 f2 76 48 52 c2", "vdpbf16ps %zmm2,%zmm1,%zmm0", "avx512_bf16"),
+        ("c4 e2 78 49 44 24 40", "ldtilecfg 0x40(%rsp)", "amx"),
+        ("c4 e2 7b 4b 24 0a", "tileloadd (%rdx,%rcx,1),%tmm4", "amx"),
+        ("c4 e2 4a 5c c4", "tdpbf16ps %tmm6,%tmm4,%tmm0", "amx"),
         ("48 89 f8", "mov    %rdi,%rax", "scalar"),
     ],
 )

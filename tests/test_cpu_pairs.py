@@ -1,4 +1,4 @@
-"""The C++ kernels of bf16 pairs: the identity gives back the decoded weight, and nothing depends on threads or batch."""
+"""C++ kernels of bf16 pairs and tile registers: the identity gives back the decoded weight; threads and batch change nothing."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ if cpu.unavailable is not None:
     pytest.skip(cpu.unavailable, allow_module_level=True)
 if not cpu.has_pairs():
     pytest.skip(f"this CPU multiplies no bf16 pairs; it runs {cpu.isa()}", allow_module_level=True)
+
+DOTS = ("cpu_pairs_dot", *(["cpu_amx_dot"] if cpu.has_tiles() else []))
+TILES = ("cpu_pairs_tile", *(["cpu_amx_linear"] if cpu.has_tiles() else []))
+DGRADS = ("cpu_pairs_dgrad", *(["cpu_amx_dgrad"] if cpu.has_tiles() else []))
+"""By operation and by how they round; all of an operation take bf16 x, the first of DOTS other dtypes too."""
 
 TAKEN: tuple[Format, ...] = tuple(
     fmt for fmt in (*map(get_format, cases.FORMATS), *UNUSUAL) if fmt.codec.bits in cpu_pairs.CODE_BITS
@@ -51,17 +56,17 @@ def test_identity_gives_back_the_decoded_weight(spec: str) -> None:
             decoded = weight.dequantize(dtype).T.contiguous()
             rows = list(range(k)) if k < 600 else [0, 1, 127, 128, 2047, 2048, k - 1]
             eye = torch.eye(k, dtype=dtype)[rows]
-            identity_holds(run("cpu_pairs_dot", eye, weight), decoded[rows], weight.format)
-            if dtype is torch.bfloat16:
-                identity_holds(run("cpu_pairs_tile", eye, weight), decoded[rows], weight.format)
+            for name in (*DOTS, *TILES) if dtype is torch.bfloat16 else DOTS[:1]:
+                identity_holds(run(name, eye, weight), decoded[rows], weight.format)
 
 
 @pytest.mark.parametrize("spec", NAMES)
 def test_identity_through_dgrad_gives_back_the_decoded_weight(spec: str) -> None:
     for n, k in SHAPES:
         weight = quantized(spec, n, k)
-        dx = run("cpu_pairs_dgrad", torch.eye(n, dtype=torch.bfloat16), weight)
-        identity_holds(dx, weight.dequantize(torch.bfloat16), weight.format)
+        for name in DGRADS:
+            dx = run(name, torch.eye(n, dtype=torch.bfloat16), weight)
+            identity_holds(dx, weight.dequantize(torch.bfloat16), weight.format)
 
 
 @pytest.mark.parametrize("spec", cases.FORMATS)
@@ -71,31 +76,31 @@ def test_products_are_those_of_the_decoded_weight(spec: str) -> None:
         weight = quantized(spec, n, k)
         for dtype in cases.DTYPES if exact(fmt) else (torch.bfloat16,):
             bias = torch.randn(n).to(dtype) if i % 2 else None
-            for m in (0, 1, 2, 3, 7, 13):
+            for m in (0, 1, 2, 3, 7, 13, 35):
                 x = random_x(m, k, dtype)
-                assert_close(run("cpu_pairs_dot", x, weight, bias), fp64_product(x, weight, bias))
-                if dtype is torch.bfloat16:
-                    assert_close(run("cpu_pairs_tile", x, weight, bias), fp64_product(x, weight, bias))
-        for m in (0, 1, 5, 14):
+                for name in (*DOTS, *TILES) if dtype is torch.bfloat16 else DOTS[:1]:
+                    assert_close(run(name, x, weight, bias), fp64_product(x, weight, bias))
+        for m in (0, 1, 5, 14, 35):
             dy = random_x(m, n, torch.bfloat16)
-            assert_close(run("cpu_pairs_dgrad", dy, weight), dy.double() @ weight.dequantize().double())
+            for name in DGRADS:
+                assert_close(run(name, dy, weight), dy.double() @ weight.dequantize().double())
 
 
-@pytest.mark.parametrize("name", ["cpu_pairs_dot", "cpu_pairs_tile", "cpu_pairs_dgrad"])
+@pytest.mark.parametrize("name", [*DOTS, *TILES, *DGRADS])
 @pytest.mark.parametrize("spec", ["int4-g32-asym", "nf4-dq", "q6_k", "fp8-e4m3-block128"])
 def test_bits_do_not_depend_on_threads_or_batch(spec: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = quantized(spec, 2050, 576)
-    x = random_x(16, 2050 if name == "cpu_pairs_dgrad" else 576, torch.bfloat16)
+    x = random_x(40, 2050 if name in DGRADS else 576, torch.bfloat16)
     results = for_numbers_of_threads(lambda: run(name, x, weight))
     for other in results[1:]:
         assert_same_bits(other, results[0])
-    for m in (1, 2, 3, 5, 9):
+    for m in (1, 2, 3, 5, 9, 33):
         assert_same_bits(run(name, x[:m], weight), results[0][:m])
     monkeypatch.setattr(cpu_pairs, "ROWS_AT_ONCE", 5)
     assert_same_bits(run(name, x, weight), results[0])
 
 
-@pytest.mark.parametrize("name", ["cpu_pairs_dot", "cpu_pairs_tile", "cpu_pairs_dgrad"])
+@pytest.mark.parametrize("name", [*DOTS, *TILES, *DGRADS])
 def test_strides_of_x_do_not_matter(name: str) -> None:
     weight = quantized("int4-g32-asym", 130, 130)
     base = random_x(300, 300, torch.bfloat16)
@@ -122,7 +127,7 @@ def test_infinite_and_missing_numbers_reach_every_result_of_their_row() -> None:
     weight = quantized("nvfp4", 64, 256)
     x = torch.ones(2, 256, dtype=torch.bfloat16)
     x[1, 17] = float("nan")
-    for name in ("cpu_pairs_dot", "cpu_pairs_tile"):
+    for name in (*DOTS, *TILES):
         y = run(name, x, weight)
         assert bool(y[1].isnan().all())
         assert not bool(y[0].isnan().any())
@@ -131,8 +136,9 @@ def test_infinite_and_missing_numbers_reach_every_result_of_their_row() -> None:
 def test_dispatch_takes_them_where_they_are_fastest_and_says_why_not_elsewhere() -> None:
     weight = quantized("int4-g128", 64, 256)
     assert select(problem_of("linear", 1, weight, torch.bfloat16)).name == "cpu_pairs_dot"
-    assert select(problem_of("linear", 512, weight, torch.bfloat16)).name == "cpu_pairs_tile"
-    assert select(problem_of("dgrad", 512, weight, torch.bfloat16)).name == "cpu_pairs_dgrad"
+    assert select(problem_of("linear", 8, weight, torch.bfloat16)).name == DOTS[-1]
+    assert select(problem_of("linear", 512, weight, torch.bfloat16)).name == TILES[-1]
+    assert select(problem_of("dgrad", 512, weight, torch.bfloat16)).name == DGRADS[-1]
     refusals = {choice.kernel: choice.refusal or "" for choice in choices(problem_of("linear", 1, weight, torch.float16))}
     assert "multiplies bf16; x is float16" in refusals["cpu_pairs_tile"]
     book = quantized("nf4", 64, 256)
@@ -152,12 +158,25 @@ def test_a_lower_instruction_set_refuses_in_words() -> None:
             )
 
 
+@pytest.mark.skipif(not cpu.has_tiles(), reason=f"this CPU has no tile registers; it runs {cpu.isa()}")
+def test_without_tile_registers_kernels_refuse_in_words() -> None:
+    weight = quantized("int4-g128", 64, 256)
+    x = random_x(1, 256, torch.bfloat16)
+    with running("avx512_bf16"):
+        for name in ("cpu_amx_dot", "cpu_amx_linear"):
+            problem = problem_of("linear", 1, weight, torch.bfloat16)
+            assert "needs AMX BF16; avx512_bf16 runs here" in (get_kernel(name).supports(problem) or "")
+            with pytest.raises(ValueError, match="avx512_bf16 has no tile registers"):
+                get_kernel(name).run(problem, x, weight, None)
+
+
 def test_random_codes_of_every_width_keep_the_law() -> None:
     """Weights whose parts hold any bytes, not only what quantizing gives."""
     generator = torch.Generator().manual_seed(3)
-    for spec in ("int4-g128", "int8-channel", "int3-g64-asym", "q6_k"):
+    for spec in ("int4-g128", "int8-channel", "int3-g64-asym", "int2-g16-asym", "q4_k", "q6_k"):
         weight = quantlib.quantize(random_weight(40, 512), spec)
         codes = torch.randint(0, 256, weight.parts["codes"].shape, generator=generator, dtype=torch.uint8)
         weight = quantlib.QuantizedTensor(weight.format, weight.shape, weight.parts | {"codes": codes})
         eye = torch.eye(512, dtype=torch.bfloat16)
-        identity_holds(run("cpu_pairs_dot", eye, weight), weight.dequantize(torch.bfloat16).T.contiguous(), weight.format)
+        for name in (*DOTS, *TILES):
+            identity_holds(run(name, eye, weight), weight.dequantize(torch.bfloat16).T.contiguous(), weight.format)

@@ -122,7 +122,7 @@ Parts make_parts(const Plan& plan, const py::dict& parts) {
             address<uint8_t>(parts, "super_minima", super && plan.has_minimum)};
 }
 
-constexpr char PAIRS[] = "products of bf16 pairs", LOOKUPS[] = "look-ups";
+constexpr char PAIRS[] = "products of bf16 pairs", TILES[] = "tile registers", LOOKUPS[] = "look-ups";
 
 bool run(bool (*kernel)(const LinearCall&), const LinearCall& call) { return kernel(call); }
 bool run(bool (*kernel)(const Joined<LinearCall>&), const LinearCall& call) { return kernel({&call, 1, false}); }
@@ -180,11 +180,11 @@ void bind_features(py::module_& module) {
     module.def("features", [] { return feature_names(machine_features()); }, "What this machine has of FEATURES.");
     module.def(
         "features_of",
-        [](uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t leaf7_ecx, uint32_t leaf7_1_eax, uint32_t xcr0) {
-            return feature_names(features_of({leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_1_eax, xcr0}));
+        [](uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t leaf7_ecx, uint32_t leaf7_edx, uint32_t leaf7_1_eax, uint32_t xcr0) {
+            return feature_names(features_of({leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_edx, leaf7_1_eax, xcr0}));
         },
-        py::kw_only(), py::arg("leaf1_ecx"), py::arg("leaf7_ebx"), py::arg("leaf7_ecx"), py::arg("leaf7_1_eax"),
-        py::arg("xcr0"), "What CPUID and XGETBV say in words of FEATURES.");
+        py::kw_only(), py::arg("leaf1_ecx"), py::arg("leaf7_ebx"), py::arg("leaf7_ecx"), py::arg("leaf7_edx"),
+        py::arg("leaf7_1_eax"), py::arg("xcr0"), "What CPUID and XGETBV say in words of FEATURES.");
     module.def("needs_of", [](const std::string& name) { return feature_names(needs_of(name)); }, py::arg("isa"),
                "The features that an instruction set needs.");
     module.def("isas_for", [](const Names& features) { return isas_for(features_named(features)); }, py::arg("features"),
@@ -226,12 +226,16 @@ PYBIND11_MODULE(_cpu, module) {
     define_product("pairs_dot", &linear<&Kernels::pairs_dot, PAIRS>, "The same with codes of 2 to 6 or 8 bits as bf16 numbers.");
     define_product("pairs_tile", &linear<&Kernels::pairs_tile, PAIRS>, "The same for bf16 x, with weights rounded to bf16.");
     define_product("pairs_dgrad", &linear<&Kernels::pairs_dgrad, PAIRS>, "y[m, k] = x[m, n] W in bf16, without a bias.");
+    define_product("amx_dot", &linear<&Kernels::amx_dot, TILES>, "As pairs_dot for bf16 x, in tile registers.");
+    define_product("amx_linear", &linear<&Kernels::amx_linear, TILES>, "As pairs_tile, in tile registers.");
+    define_product("amx_dgrad", &linear<&Kernels::amx_dgrad, TILES>, "As pairs_dgrad, in tile registers.");
     define_product("lookup_dot", &linear<&Kernels::lookup_dot, LOOKUPS>, "The same by byte look-ups, for few rows of x.");
     define_product("lookup_tile", &linear<&Kernels::lookup_tile, LOOKUPS>, "The same for several rows of x, with weights decoded in fp32.");
     module.def("dequantize", &dequantize, py::arg("plan"), py::arg("parts"), py::arg("rows"), py::arg("columns"),
                py::arg("dtype"), py::arg("out"), py::arg("threads"),
                "W[rows, columns], two (start, stop), in `dtype` at the address `out`, contiguous.");
     module.def("has_pairs", [] { return kernels().pairs_dot != nullptr; }, "Whether the set that runs multiplies bf16 pairs.");
+    module.def("has_tiles", [] { return kernels().amx_linear != nullptr; }, "Whether the set that runs has tile registers.");
     module.def("has_lookup", [] { return kernels().lookup_dot != nullptr; }, "Whether the set that runs has byte look-ups.");
     module.def("isa", &isa, "The instruction set that runs.");
     module.def("available_isas", &available_isas, "The sets that this build and this machine have, slowest first.");

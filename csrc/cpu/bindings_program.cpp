@@ -17,7 +17,10 @@ namespace quantlib::cpu {
 namespace {
 
 constexpr std::pair<const char*, Product> PRODUCTS[] = {
-    {"linear", &Kernels::linear}, {"pairs_dot", &Kernels::pairs_dot}, {"lookup_dot", &Kernels::lookup_dot}};
+    {"linear", &Kernels::linear},
+    {"pairs_dot", &Kernels::pairs_dot},
+    {"amx_dot", &Kernels::amx_dot},
+    {"lookup_dot", &Kernels::lookup_dot}};
 
 const void* from(uintptr_t address) { return reinterpret_cast<const void*>(address); }
 void* to(uintptr_t address) { return reinterpret_cast<void*>(address); }

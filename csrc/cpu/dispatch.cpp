@@ -33,6 +33,14 @@ constexpr const Kernels* AVX512_BF16_KERNELS = &avx512_bf16::kernels;
 #else
 constexpr const Kernels* AVX512_BF16_KERNELS = nullptr;
 #endif
+#ifdef QUANTLIB_HAS_AMX
+namespace amx {
+extern const Kernels kernels;
+}
+constexpr const Kernels* AMX_KERNELS = &amx::kernels;
+#else
+constexpr const Kernels* AMX_KERNELS = nullptr;
+#endif
 
 namespace {
 
@@ -47,6 +55,7 @@ constexpr Isa ISAS[] = {
     {"avx2", AVX2_NEEDS, AVX2_KERNELS},
     {"avx512", AVX512_NEEDS, AVX512_KERNELS},
     {"avx512_bf16", AVX512_BF16_NEEDS, AVX512_BF16_KERNELS},
+    {"amx", AMX_NEEDS, AMX_KERNELS},
 };
 constexpr int COUNT = sizeof(ISAS) / sizeof(ISAS[0]);
 

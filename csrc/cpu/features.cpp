@@ -5,6 +5,10 @@
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
 #define QUANTLIB_X86
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace quantlib::cpu {
@@ -20,8 +24,9 @@ struct Entry {
 };
 
 constexpr uint32_t OSXSAVE = 1u << 27;  // leaf 1, ECX
+constexpr uint32_t TILE_STATE = 3u << 17;  // XCR0: XTILECFG and XTILEDATA
 
-// Names as in /proc/cpuinfo, but sse3 (there: pni) and the two that are the operating system's. Bits: Intel's Software
+// Names as in /proc/cpuinfo, but sse3 (there: pni) and the three that are the operating system's. Bits: Intel's Software
 // Developer's Manual, volume 2, CPUID; volume 1, 13.3 for XCR0: SSE and AVX state, then opmask, ZMM_Hi256 and Hi16_ZMM.
 constexpr Entry ENTRIES[] = {
     {"sse3", SSE3, &CpuRegisters::leaf1_ecx, 1u << 0},
@@ -41,7 +46,20 @@ constexpr Entry ENTRIES[] = {
     {"os_zmm", OS_ZMM, &CpuRegisters::xcr0, 0xE6u},
     {"avx512_bf16", AVX512_BF16, &CpuRegisters::leaf7_1_eax, 1u << 5},
     {"avx512vbmi", AVX512VBMI, &CpuRegisters::leaf7_ecx, 1u << 1},
+    {"amx_tile", AMX_TILE, &CpuRegisters::leaf7_edx, 1u << 24},
+    {"amx_bf16", AMX_BF16, &CpuRegisters::leaf7_edx, 1u << 22},
+    {"os_tiles", OS_TILES, &CpuRegisters::xcr0, TILE_STATE},
 };
+
+// Linux gives the 8 KB of tile registers to processes that ask (Documentation/arch/x86/xstate.rst); others give them to all.
+bool tiles_granted() {
+#if defined(QUANTLIB_X86) && defined(__linux__)
+    constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
+#else
+    return true;
+#endif
+}
 
 }  // namespace
 
@@ -53,13 +71,14 @@ CpuRegisters read_registers() {
     if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0) return found;
     found.leaf1_ecx = ecx;
     if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0) {
-        found.leaf7_ebx = ebx, found.leaf7_ecx = ecx;
+        found.leaf7_ebx = ebx, found.leaf7_ecx = ecx, found.leaf7_edx = edx;
         // EAX is the last subleaf; beyond it there are zeros or nothing that means anything.
         if (eax >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0) found.leaf7_1_eax = eax;
     }
     // Without OSXSAVE the instruction itself would be illegal. As bytes, because its intrinsic asks for a compiler flag.
     if ((found.leaf1_ecx & OSXSAVE) != 0) {
         asm volatile(".byte 0x0F, 0x01, 0xD0" : "=a"(found.xcr0), "=d"(edx) : "c"(0));
+        if ((found.xcr0 & TILE_STATE) == TILE_STATE && !tiles_granted()) found.xcr0 &= ~TILE_STATE;
     }
 #endif
     return found;

@@ -28,6 +28,9 @@ enum Feature : Features {
     OS_ZMM = 1u << 14,
     AVX512_BF16 = 1u << 15,
     AVX512VBMI = 1u << 16,
+    AMX_TILE = 1u << 17,
+    AMX_BF16 = 1u << 18,
+    OS_TILES = 1u << 19,
 };
 
 // What a compiler takes for granted when it is given the flags of an instruction set (ISA_FLAGS in build_tools/cpu.py; a test
@@ -36,14 +39,16 @@ constexpr Features SCALAR_NEEDS = 0;
 constexpr Features AVX2_NEEDS = SSE3 | SSSE3 | SSE4_1 | SSE4_2 | POPCNT | AVX | F16C | FMA | AVX2 | OS_YMM;
 constexpr Features AVX512_NEEDS = AVX2_NEEDS | AVX512F | AVX512BW | AVX512VL | AVX512DQ | OS_ZMM;
 constexpr Features AVX512_BF16_NEEDS = AVX512_NEEDS | AVX512_BF16 | AVX512VBMI;
+constexpr Features AMX_NEEDS = AVX512_BF16_NEEDS | AMX_TILE | AMX_BF16 | OS_TILES;
 
 // What the instructions CPUID (by leaf and register) and XGETBV answer; zero where a leaf or the instruction is missing.
 struct CpuRegisters {
-    uint32_t leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_1_eax;
+    uint32_t leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_edx, leaf7_1_eax;
     uint32_t xcr0;  // of no meaning where leaf 1 doesn't say that the operating system lets programs ask
 };
 
-// Those of this machine; all zero where it is no x86.
+// Those of this machine; all zero where it is no x86. The operating system is asked to let this process use tiles; where it
+// refuses, XCR0 is given without them.
 CpuRegisters read_registers();
 
 Features features_of(const CpuRegisters& registers);

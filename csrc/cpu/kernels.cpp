@@ -1,4 +1,7 @@
 // Compiled once per instruction set (build_tools/cpu.py): everything the set offers, behind one table of functions.
+#include "amx_dgrad.h"
+#include "amx_dot.h"
+#include "amx_linear.h"
 #include "decoding.h"
 #include "dequantize.h"
 #include "encode.h"
@@ -26,6 +29,15 @@ const Kernels kernels = {
     pairs_dot,
     pairs_tile,
     pairs_dgrad,
+#else
+    nullptr,
+    nullptr,
+    nullptr,
+#endif
+#ifdef QUANTLIB_HAS_TILES
+    amx_dot,
+    amx_linear,
+    amx_dgrad,
 #else
     nullptr,
     nullptr,

@@ -14,12 +14,12 @@ constexpr int TURNS = SPAN / WORDS;
 
 inline int64_t spans_of(int64_t columns) { return (columns + SPAN - 1) / SPAN; }
 
-// Codes of two or more planes that are not bytes, or of one: entries of a code book in registers.
-template <int BITS>
+// Codes of one or two planes that are not bytes: entries of a code book in registers. Memory is asked for `ahead` bytes ahead.
+template <int BITS, class Book = WordBook<BITS>>
 struct BookCodes {
     static constexpr int FIRST = PLANE_WIDTHS[BITS][0], SECOND = PLANE_WIDTHS[BITS][1];
     static_assert(PLANE_WIDTHS[BITS][2] == 0);
-    const WordBook<BITS> book;
+    const Book book;
     explicit BookCodes(const Plan& plan) : book(plan.pairs) {}
 
     template <int TURN>
@@ -31,14 +31,14 @@ struct BookCodes {
         return book.look_up(codes);
     }
 
-    QUANTLIB_INLINE void numbers(const Planes& planes, int64_t span, Words* out) const {
+    QUANTLIB_INLINE void numbers(const Planes& planes, int64_t span, Words* out, int64_t ahead = FETCH_AHEAD) const {
         const uint8_t* low = planes.plane[0] + span * (SPAN * FIRST / 8);
-        fetch(low + FETCH_AHEAD);
+        fetch(low + ahead);
         const Words first = load_plane<FIRST>(low);
         Words second = first;
         if constexpr (SECOND != 0) {
             const uint8_t* high = planes.plane[1] + span * (SPAN * SECOND / 8);
-            fetch(high + FETCH_AHEAD);
+            fetch(high + ahead);
             second = load_plane<SECOND>(high);
         }
         out[0] = turn<0>(first, second);
@@ -52,10 +52,10 @@ struct ByteCodes {
     const ByteBook book;
     explicit ByteCodes(const Plan& plan) : book(plan.pairs) {}
 
-    QUANTLIB_INLINE void numbers(const Planes& planes, int64_t span, Words* out) const {
+    QUANTLIB_INLINE void numbers(const Planes& planes, int64_t span, Words* out, int64_t ahead = FETCH_AHEAD) const {
         const uint8_t* bytes = planes.plane[0] + span * SPAN;
-        fetch(bytes + FETCH_AHEAD);
-        fetch(bytes + FETCH_AHEAD + 64);
+        fetch(bytes + ahead);
+        fetch(bytes + ahead + 64);
         Words first, second;
         load_byte_plane(bytes, first, second);
         book.look_up(first, out[0], out[1]);

@@ -148,7 +148,7 @@ inline bool pairs_dot(const Joined<LinearCall>& joined) {
 
     uint16_t* arranged = reinterpret_cast<uint16_t*>(words.floats);
     for (int64_t m = 0; m < first.m; ++m) {
-        arrange_row<false>(first, m, spans, arranged + m * row_words);
+        arrange_row(first, m, spans, false, arranged + m * row_words);
         if (shifted) sum_lanes(arranged + m * row_words, planes, spans, sums.floats + m * sums_stride);
     }
     const PairsX x = {arranged, row_words, spans * SPAN, sums.floats, sums_stride};

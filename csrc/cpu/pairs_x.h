@@ -27,9 +27,8 @@ inline void cut_words(float* rest, int64_t count, uint16_t* to) {
     }
 }
 
-// Words of one row of x: `planes` runs of `spans` * SPAN, zero beyond column k. PARTED: each vector's even words first.
-template <bool PARTED>
-inline void arrange_row(const LinearCall& call, int64_t m, int64_t spans, uint16_t* to) {
+// Words of one row of x: `planes` runs of `spans` * SPAN, zero beyond column k. `parted`: each vector's even words first.
+inline void arrange_row(const LinearCall& call, int64_t m, int64_t spans, bool parted, uint16_t* to) {
     const int64_t k = call.plan->k;
     const uint8_t* row = static_cast<const uint8_t*>(call.x) + m * call.x_row_stride * item_size(call.dtype);
     const int planes = planes_in(call.dtype);
@@ -50,7 +49,7 @@ inline void arrange_row(const LinearCall& call, int64_t m, int64_t spans, uint16
             uint16_t* out = to + (plane * spans + span) * SPAN;
             for (int turn = 0; turn < TURNS; ++turn) {
                 const Words words = every_fourth(natural, turn);
-                store_words(out + turn * WORDS, PARTED ? part_words(words) : words);
+                store_words(out + turn * WORDS, parted ? part_words(words) : words);
             }
         }
     }

@@ -39,6 +39,16 @@ struct TailChunk {
     inline Planes planes() const { return {{bytes[0], bytes[1], bytes[2]}}; }
 };
 
+// The same for spans of SPAN columns: codes of a row from span `whole` on, the first that does not lie inside it.
+template <int SPAN>
+inline void copy_tail(const Plan& plan, const Planes& row, int64_t whole, uint8_t (&to)[3][SPAN]) {
+    for (int i = 0; i < 3; ++i) {
+        const int width = PLANE_WIDTHS[plan.bits][i];
+        memset(to[i], 0, SPAN);
+        memcpy(to[i], row.plane[i] + whole * (SPAN * width / 8), (plan.padded_k - whole * SPAN) * width / 8);
+    }
+}
+
 // One weight row, read in spans of SPAN columns: its codes, and a padded copy of the last span where the stored codes end inside it.
 template <int SPAN>
 class SpanRow {
@@ -46,11 +56,7 @@ class SpanRow {
     SpanRow(const Plan& plan, const Parts& parts, int64_t row)
         : whole_(plan.padded_k / SPAN),
           planes_(planes_of(plan.bits, parts.codes + row * (plan.padded_k * plan.bits / 8), plan.padded_k)) {
-        for (int i = 0; i < 3 && whole_ * SPAN < plan.k; ++i) {
-            const int width = PLANE_WIDTHS[plan.bits][i];
-            memset(tail_[i], 0, SPAN);
-            memcpy(tail_[i], planes_.plane[i] + whole_ * (SPAN * width / 8), (plan.padded_k - whole_ * SPAN) * width / 8);
-        }
+        if (whole_ * SPAN < plan.k) copy_tail<SPAN>(plan, planes_, whole_, tail_);
     }
     int64_t whole() const { return whole_; }
     const Planes& planes() const { return planes_; }

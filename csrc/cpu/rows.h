@@ -90,13 +90,19 @@ constexpr int64_t FETCH_AHEAD = 2048;
 // Kernels at the speed of memory multiply rows of W in pairs (DOT_ROWS), and write WRITE_ROWS of each half together.
 constexpr int DOT_ROWS = 2, WRITE_ROWS = 16;
 
-// Products of `rows` rows of W with every row of x, which lie `stride` apart, and the bias -> y.
-inline void write_products(const LinearCall& call, int64_t row, int64_t rows, float* values, int64_t stride) {
+// Products of `rows` rows of W with rows first ... last of x, which lie `stride` apart, and the bias -> y.
+inline void write_products(const LinearCall& call, int64_t first, int64_t last, int64_t row, int64_t rows, float* values,
+                           int64_t stride) {
     uint8_t* y = static_cast<uint8_t*>(call.y);
-    for (int64_t m = 0; m < call.m; ++m, values += stride) {
+    for (int64_t m = first; m < last; ++m, values += stride) {
         for (int64_t r = 0; call.bias != nullptr && r < rows; ++r) values[r] += call.bias[row + r];
         write_numbers(call.dtype, values, rows, y + (m * call.plan->n + row) * item_size(call.dtype));
     }
+}
+
+// With every row of x.
+inline void write_products(const LinearCall& call, int64_t row, int64_t rows, float* values, int64_t stride) {
+    write_products(call, 0, call.m, row, rows, values, stride);
 }
 
 // What one thread works in.

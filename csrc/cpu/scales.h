@@ -219,4 +219,42 @@ inline void expand_run(const Plan& plan, const Parts& parts, int64_t row, int64_
     fetch_rows(plan, parts, row + rows, rows);
 }
 
+// The numbers of rows that are decoded together, run by run.
+class BlockNumbers {
+  public:
+    // Of up to `rows` rows, of which `columns` columns are read.
+    BlockNumbers(const Plan& plan, int64_t columns, int64_t rows)
+        : plan_(&plan), run_(plan, columns), stride_(run_.rows == 1 ? row_capacity(plan) : run_.stride),
+          capacity_(rows * stride_ + run_.capacity(plan)) {}
+    int64_t floats() const { return (1 + plan_->has_zero + plan_->has_minimum) * capacity_ + run_.capacity(*plan_); }
+
+    // The same in memory of that size.
+    BlockNumbers in(float* memory) const {
+        BlockNumbers placed = *this;
+        float* zero = memory + capacity_;
+        float* minimum = zero + plan_->has_zero * capacity_;
+        placed.first_ = {memory, zero, minimum, minimum + plan_->has_minimum * capacity_};
+        return placed;
+    }
+    void expand(const Parts& parts, int64_t row, int64_t rows) const {
+        for (int64_t r = 0; r < rows; r += run_.rows) {
+            expand_run(*plan_, parts, row + r, least(run_.rows, rows - r), run_, of(r));
+        }
+    }
+    // Of row r of those that were expanded, from piece `piece` on; and of the row after.
+    RowNumbers of(int64_t r, int64_t piece = 0) const {
+        const int64_t at = r * stride_ + piece;
+        return {first_.scale + at, first_.zero + at, first_.minimum + at, first_.blocks};
+    }
+    RowNumbers next(const RowNumbers& row) const {
+        return {row.scale + stride_, row.zero + stride_, row.minimum + stride_, row.blocks};
+    }
+
+  private:
+    const Plan* plan_;
+    Run run_;
+    int64_t stride_, capacity_;
+    RowNumbers first_ = {};
+};
+
 }  // namespace quantlib::cpu::QUANTLIB_ISA

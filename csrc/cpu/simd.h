@@ -1,5 +1,6 @@
-// One vocabulary of vectors, three spellings. QUANTLIB_ISA_LEVEL (set by build_tools/cpu.py per object file) picks one, and each gets a
-// namespace of its own: the kernels above are written once and compiled for every set into one library.
+// One vocabulary of vectors, three spellings; simd_pairs.h and simd_amx.h add to the last. QUANTLIB_ISA_LEVEL (set by
+// build_tools/cpu.py per object file) picks one, and each gets a namespace of its own: the kernels above are written once and compiled
+// for every set into one library.
 //
 // Rule for every header below: no standard-library templates and no function outside the namespace. An inline function that is
 // shared between object files is kept once by the linker, maybe the AVX-512 copy, and would crash a machine without AVX-512.
@@ -16,7 +17,10 @@
 #define QUANTLIB_INLINE inline __attribute__((always_inline))
 #define QUANTLIB_LAMBDA __attribute__((always_inline))
 
-#if QUANTLIB_ISA_LEVEL == 3
+#if QUANTLIB_ISA_LEVEL == 4
+#define QUANTLIB_ISA amx
+#include "simd_avx512.h"
+#elif QUANTLIB_ISA_LEVEL == 3
 #define QUANTLIB_ISA avx512_bf16
 #include "simd_avx512.h"
 #elif QUANTLIB_ISA_LEVEL == 2

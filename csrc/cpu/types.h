@@ -93,12 +93,16 @@ struct AddCall;
 struct DenseCall;
 
 // Those that return bool return false where scratch memory could not be had. Those with `pairs` are null where an instruction
-// set has no products of bf16 pairs, those with `lookup` where it has no byte look-ups, or products of pairs instead.
+// set has no products of bf16 pairs, those with `amx` where it has no tile registers, those with `lookup` where it has no byte
+// look-ups, or products of pairs instead.
 struct Kernels {
     bool (*linear)(const Joined<LinearCall>&);
     bool (*pairs_dot)(const Joined<LinearCall>&);
     bool (*pairs_tile)(const LinearCall&);
     bool (*pairs_dgrad)(const LinearCall&);  // x is dY [m, n], y is dX [m, k]
+    bool (*amx_dot)(const Joined<LinearCall>&);
+    bool (*amx_linear)(const LinearCall&);
+    bool (*amx_dgrad)(const LinearCall&);  // the same
     bool (*lookup_dot)(const Joined<LinearCall>&);
     bool (*lookup_tile)(const LinearCall&);
     bool (*dequantize)(const DequantizeCall&);

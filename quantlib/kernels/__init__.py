@@ -3,6 +3,7 @@
 from quantlib.kernels import (
     activations,
     cpu,
+    cpu_amx,
     cpu_lookup,
     cpu_pairs,
     cpu_quantize,
@@ -23,6 +24,7 @@ __all__ = [
     "Problem",
     "activations",
     "cpu",
+    "cpu_amx",
     "cpu_lookup",
     "cpu_pairs",
     "cpu_quantize",

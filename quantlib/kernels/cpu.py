@@ -50,14 +50,19 @@ _cpu, unavailable = _load()
 
 
 def isa() -> str | None:
-    """The instruction set that runs, "avx512_bf16", "avx512", "avx2" or "scalar" (QUANTLIB_CPU_ISA can lower it); None: not
-    built."""
+    """The instruction set that runs: "amx", "avx512_bf16", "avx512", "avx2" or "scalar" (QUANTLIB_CPU_ISA can lower it). None:
+    not built."""
     return None if _cpu is None else str(_cpu.isa())
 
 
 def has_pairs() -> bool:
     """Whether the instruction set that runs multiplies pairs of bf16 numbers."""
     return _cpu is not None and bool(_cpu.has_pairs())
+
+
+def has_tiles() -> bool:
+    """Whether the instruction set that runs multiplies in tile registers."""
+    return _cpu is not None and bool(_cpu.has_tiles())
 
 
 def native() -> Any:
@@ -277,6 +282,8 @@ def predicted_decode_matmul(problem: Problem, kernel: str) -> float:
     """Microseconds of decoding in blocks and multiplying in torch. Its 16-bit products are fast, but start slowly."""
     if product_dtype(problem.dtype) is torch.float32:
         return predicted(problem, kernel, decode_rate=12.0, peak_share=1.0)
+    if has_tiles() and problem.dtype is torch.bfloat16:  # torch multiplies in them too
+        return predicted(problem, kernel, decode_rate=2.0, peak_share=8.0)
     return predicted(problem, kernel, decode_rate=5.7, peak_share=1.95)
 
 
@@ -300,6 +307,8 @@ class CpuLinear(Kernel):
     def cost(self, problem: Problem) -> float:
         if isa() in ("avx2", "scalar"):  # measured with AVX2
             return predicted(problem, self.name, decode_rate=6.2, peak_share=0.8)
+        if has_tiles():
+            return predicted(problem, self.name, decode_rate=7.5, peak_share=0.5)
         return predicted(problem, self.name, decode_rate=21.0, peak_share=0.95)
 
     def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
@@ -354,7 +363,8 @@ class CpuDgrad(Kernel):
         # Blocks of columns read a row's scales once for each block.
         if product_dtype(problem.dtype) is torch.float32:
             return predicted(problem, self.name, decode_rate=2.0, peak_share=1.0)
-        return predicted(problem, self.name, decode_rate=0.6, peak_share=1.8)
+        tiles = has_tiles() and problem.dtype is torch.bfloat16
+        return predicted(problem, self.name, decode_rate=0.6, peak_share=8.0 if tiles else 1.8)
 
     def run(self, problem: Problem, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
         dx = x.new_zeros(x.shape[0], weight.shape[1])

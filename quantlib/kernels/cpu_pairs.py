@@ -40,13 +40,17 @@ class PairsKernel(Kernel):
     backend = "cpu"
     function: ClassVar[str]
 
+    def missing(self) -> str | None:
+        """What the instruction set that runs lacks, or None."""
+        if cpu.has_pairs():
+            return None
+        return f"multiplies bf16 pairs, which needs AVX-512 BF16 and VBMI; {cpu.isa()} runs here"
+
     def supports(self, problem: Problem) -> str | None:
         """Why the kernel can't run the problem, or None."""
-        why = refusal(problem)
+        why = refusal(problem) or self.missing()
         if why is not None:
             return why
-        if not cpu.has_pairs():
-            return f"multiplies bf16 pairs, which needs AVX-512 BF16 and VBMI; {cpu.isa()} runs here"
         if problem.batch_invariant:
             return "dispatch takes another kernel for another batch, and batch_invariant is set: cpu_linear serves every one"
         if problem.format.codec.bits not in CODE_BITS:
@@ -66,7 +70,7 @@ class PairsKernel(Kernel):
         return y
 
 
-def _decode_rate(problem: Problem, narrow: float, wide: float) -> float:
+def decode_rate(problem: Problem, narrow: float, wide: float) -> float:
     """Weights per ns and thread, as measured: codes of 8 bits, and numbers that are subtracted, take twice the instructions."""
     return narrow if problem.format.codec.bits <= 6 and problem.format.zero == "none" else wide
 
@@ -87,8 +91,10 @@ class CpuPairsDot(PairsKernel):
         return why
 
     def cost(self, problem: Problem) -> float:
-        rate = _decode_rate(problem, 60.0, 22.0)
-        return predicted(problem, self.name, rate, peak_share=1.68 / PLANES[problem.dtype])
+        rate, share = decode_rate(problem, 60.0, 22.0), 1.68
+        if cpu.has_tiles():  # such CPUs have half the rate of look-ups and a third of that of products
+            rate, share = decode_rate(problem, 55.0, 26.0 if problem.format.codec.bits <= 6 else 13.0), 0.64
+        return predicted(problem, self.name, rate, peak_share=share / PLANES[problem.dtype])
 
 
 class RoundedPairsKernel(PairsKernel):
@@ -110,7 +116,7 @@ class CpuPairsTile(RoundedPairsKernel):
     function = "pairs_tile"
 
     def cost(self, problem: Problem) -> float:
-        return predicted(problem, self.name, _decode_rate(problem, 18.0, 12.0), peak_share=2.0)
+        return predicted(problem, self.name, decode_rate(problem, 18.0, 12.0), peak_share=0.8 if cpu.has_tiles() else 2.0)
 
 
 class CpuPairsDgrad(RoundedPairsKernel):
@@ -119,7 +125,7 @@ class CpuPairsDgrad(RoundedPairsKernel):
     function = "pairs_dgrad"
 
     def cost(self, problem: Problem) -> float:
-        return predicted(problem, self.name, _decode_rate(problem, 9.0, 7.0), peak_share=1.9)
+        return predicted(problem, self.name, decode_rate(problem, 9.0, 7.0), peak_share=0.75 if cpu.has_tiles() else 1.9)
 
 
 register_kernel(CpuPairsDot())

@@ -1,0 +1,162 @@
+// From packed codes to bf16 weights, for kernels that multiply many rows: the law in fp32, rounded once.
+//
+// Two ways to the same bits. Where the code books of all blocks in a span fit two registers, each entry goes through the law and is
+// rounded, once per block, and codes are looked up with their block's number above them. Elsewhere numbers are looked up and go
+// through the law one by one; fp32 takes a vector of words apart into even and odd ones, so that words come out PARTED.
+#pragma once
+
+#include "pairs_decode.h"
+
+#ifdef QUANTLIB_HAS_PAIRS
+namespace quantlib::cpu::QUANTLIB_ISA {
+
+template <Shift SHIFT, class Codes>
+class LawDecoder {
+  public:
+    explicit LawDecoder(const Plan& plan) : codes_(plan), spread_(plan) {}
+
+    // Spans start ... stop of one row; `planes` count spans from `start`.
+    QUANTLIB_INLINE void spans(const Planes& planes, const RowNumbers& numbers, int64_t start, int64_t stop, uint16_t* to) const {
+        for (int64_t span = start; span < stop; ++span, to += SPAN) {
+            Words w[TURNS];
+            codes_.numbers(planes, span - start, w);
+            const Floats scale = spread_(numbers.scale, span);
+            Floats shift = zero();
+            if constexpr (SHIFT == Shift::zero) shift = spread_(numbers.zero, span);
+            if constexpr (SHIFT == Shift::minimum) shift = spread_(numbers.minimum, span);
+            for (int turn = 0; turn < TURNS; ++turn) {
+                const Floats even = scaled<SHIFT>(low_floats(w[turn]), scale, shift);
+                const Floats odd = scaled<SHIFT>(high_floats(w[turn]), scale, shift);
+                store_words(to + turn * WORDS, round_words(even, odd));
+            }
+        }
+    }
+
+  private:
+    const Codes codes_;
+    const Spread spread_;
+};
+
+// In place of a book: codes as they are, with bits above them that mean nothing.
+template <int BITS>
+struct NoBook {
+    explicit NoBook(const uint16_t*) {}
+    QUANTLIB_INLINE Words look_up(Words codes) const { return codes; }
+};
+
+constexpr int BOOK_ENTRIES = 2 * WORDS;  // of all blocks in a span
+// Whether the books of `groups` blocks fit.
+constexpr bool books_fit(int bits, int groups) { return bits <= 6 && (groups << bits) <= BOOK_ENTRIES; }
+
+template <Shift SHIFT, int BITS, int GROUPS>
+class BookDecoder {
+    static_assert(books_fit(BITS, GROUPS));
+
+  public:
+    explicit BookDecoder(const Plan& plan) : codes_(plan) {
+        const Ints lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        for (int i = 0; i < 2 * BOOKS; ++i) {
+            values_[i] = load(plan.values + i * LANES % CODES);  // codes beyond the last repeat
+            const Ints entry = _mm512_add_epi32(lane, _mm512_set1_epi32(i * LANES));
+            index_[i] = _mm512_and_si512(_mm512_srli_epi32(entry, BITS), _mm512_set1_epi32(GROUPS - 1));
+        }
+        uint16_t groups[WORDS];
+        for (int word = 0; word < WORDS; ++word) groups[word] = uint16_t(word * GROUPS / WORDS << BITS);
+        groups_ = load_words(groups);
+    }
+
+    // As LawDecoder's, in the codes' order.
+    QUANTLIB_INLINE void spans(const Planes& planes, const RowNumbers& numbers, int64_t start, int64_t stop, uint16_t* to) const {
+        for (int64_t span = start; span < stop; ++span, to += SPAN) {
+            Words w[TURNS], books[BOOKS];
+            codes_.numbers(planes, span - start, w);
+            for (int i = 0; i < BOOKS; ++i) {
+                const Floats low = entries(numbers, span, 2 * i);
+                books[i] = round_words(low, CODES * GROUPS == LANES ? low : entries(numbers, span, 2 * i + 1));
+            }
+            for (int turn = 0; turn < TURNS; ++turn) {
+                Words codes = w[turn];
+                if constexpr (GROUPS > 1) codes = choose(same_words(CODES - 1), codes, groups_);
+                if constexpr (BOOKS == 1) codes = _mm512_permutexvar_epi16(codes, books[0]);
+                if constexpr (BOOKS == 2) codes = _mm512_permutex2var_epi16(books[0], codes, books[1]);
+                store_words(to + turn * WORDS, codes);
+            }
+        }
+    }
+
+  private:
+    static constexpr int CODES = 1 << BITS;
+    static constexpr int BOOKS = CODES * GROUPS > WORDS ? 2 : 1;
+    const BookCodes<BITS, NoBook<BITS>> codes_;
+    Floats values_[2 * BOOKS];
+    Ints index_[2 * BOOKS];  // of the block of each entry
+    Words groups_;           // of the block of each word, above a code
+
+    QUANTLIB_INLINE Floats number(const float* numbers, int64_t span, int i) const {
+        if constexpr (CODES >= LANES) return broadcast(numbers[span * GROUPS + (i * LANES / CODES) % GROUPS]);
+        return permute(index_[i], load(numbers + span * GROUPS));
+    }
+
+    // LANES entries of the books: from entry i * LANES on.
+    QUANTLIB_INLINE Floats entries(const RowNumbers& numbers, int64_t span, int i) const {
+        Floats shift = zero();
+        if constexpr (SHIFT == Shift::zero) shift = number(numbers.zero, span, i);
+        if constexpr (SHIFT == Shift::minimum) shift = number(numbers.minimum, span, i);
+        return scaled<SHIFT>(values_[i], number(numbers.scale, span, i), shift);
+    }
+};
+
+inline int groups_of(const Plan& plan) { return SPAN / plan.span_piece; }
+// Whether decoded words are parted.
+inline bool parted(const Plan& plan) { return !books_fit(plan.bits, groups_of(plan)); }
+
+template <Shift SHIFT, int BITS, class With>
+inline void with_groups(const Plan& plan, With with) {
+    if constexpr (books_fit(BITS, 8)) {
+        if (groups_of(plan) == 8) return with(BookDecoder<SHIFT, BITS, 8>(plan));
+    }
+    if constexpr (books_fit(BITS, 4)) {
+        if (groups_of(plan) == 4) return with(BookDecoder<SHIFT, BITS, 4>(plan));
+    }
+    if constexpr (books_fit(BITS, 2)) {
+        if (groups_of(plan) == 2) return with(BookDecoder<SHIFT, BITS, 2>(plan));
+    }
+    if (groups_of(plan) == 1) return with(BookDecoder<SHIFT, BITS, 1>(plan));
+    with(LawDecoder<SHIFT, BookCodes<BITS>>(plan));
+}
+
+template <Shift SHIFT, class With>
+inline void with_bits(const Plan& plan, With with) {
+    switch (plan.bits) {
+        case 2: return with_groups<SHIFT, 2>(plan, with);
+        case 3: return with_groups<SHIFT, 3>(plan, with);
+        case 4: return with_groups<SHIFT, 4>(plan, with);
+        case 5: return with_groups<SHIFT, 5>(plan, with);
+        case 6: return with_groups<SHIFT, 6>(plan, with);
+        default: return with(LawDecoder<SHIFT, ByteCodes>(plan));
+    }
+}
+
+// Call `with` what decodes and rounds this plan's weights.
+template <class With>
+inline void with_rounding_decoder(const Plan& plan, With with) {
+    switch (shift_of(plan)) {
+        case Shift::none: return with_bits<Shift::none>(plan, with);
+        case Shift::zero: return with_bits<Shift::zero>(plan, with);
+        case Shift::minimum: return with_bits<Shift::minimum>(plan, with);
+    }
+}
+
+// Spans start ... stop of one row of W, which may reach beyond the stored codes; `numbers` are the row's.
+template <class Decoder>
+inline void decode_columns(const Decoder& decoder, const LinearCall& call, int64_t row, int64_t start, int64_t stop, uint16_t* to,
+                           const RowNumbers& numbers) {
+    const Plan& plan = *call.plan;
+    const PairsRow packed(plan, call.parts, row);
+    const int64_t inside = most(start, least(stop, packed.whole()));
+    decoder.spans(moved(plan.bits, packed.planes(), start * (SPAN / CHUNK)), numbers, start, inside, to);
+    if (inside < stop) decoder.spans(packed.tail(), numbers, inside, stop, to + (inside - start) * SPAN);
+}
+
+}  // namespace quantlib::cpu::QUANTLIB_ISA
+#endif

@@ -1,0 +1,127 @@
+// Tile registers: what AMX adds to simd_pairs.h. Eight registers of 16 rows of 64 bytes; only the instruction set that has them
+// includes this file.
+//
+// A product adds to sum[r][c] what 16 pairs of bf16 numbers make, a row r of one tile times a column c of pairs of the other; inputs
+// and sums below 2^-126 count as zero there.
+#pragma once
+
+#include "simd_pairs.h"
+
+#if QUANTLIB_ISA_LEVEL >= 4
+#define QUANTLIB_HAS_TILES
+
+namespace quantlib::cpu::QUANTLIB_ISA {
+
+constexpr int TILE = 16;                         // rows of a tile, fp32 sums or pairs of bf16 numbers in one of them
+constexpr int64_t TILE_WORDS = TILE * WORDS;     // bf16 numbers of a tile
+constexpr int64_t TILE_FLOATS = TILE * TILE;
+
+inline int64_t tiles_of(int64_t rows) { return (rows + TILE - 1) / TILE; }
+
+// gcc's intrinsics (12 and 13) don't say that they read the memory behind an address: what was stored there must have been.
+QUANTLIB_INLINE void written(const void* address) { asm volatile("" : : "r"(address) : "memory"); }
+
+// All eight registers whole, until the end of the scope. Each thread has its own.
+class TileRegisters {
+  public:
+    TileRegisters() {
+        struct {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t row_bytes[16] = {};
+            uint8_t rows[16] = {};
+        } shape;
+        static_assert(sizeof(shape) == 64);
+        for (int i = 0; i < 8; ++i) shape.row_bytes[i] = 64, shape.rows[i] = TILE;
+        written(&shape);
+        _tile_loadconfig(&shape);
+    }
+    ~TileRegisters() { _tile_release(); }
+    TileRegisters(const TileRegisters&) = delete;
+    TileRegisters& operator=(const TileRegisters&) = delete;
+};
+
+// A square of 32-bit lanes, turned over its diagonal.
+inline void transpose(Words (&a)[TILE]) {
+    Words b[TILE];
+    for (int i = 0; i < TILE; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < TILE; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    // Quarter q of a[4s + j] holds rows 4s ... 4s + 3 of column 4q + j: whole quarters remain to be exchanged.
+    for (int j = 0; j < 4; ++j) {
+        const Words even_low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), odd_low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xDD);
+        const Words even_high = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+        const Words odd_high = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xDD);
+        b[j] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+        b[4 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+        b[8 + j] = _mm512_shuffle_i32x4(even_low, even_high, 0xDD);
+        b[12 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xDD);
+    }
+    for (int i = 0; i < TILE; ++i) a[i] = b[i];
+}
+
+// Where the tiles of a factor lie, in words: from one to the next that it is summed over, to the second that is multiplied beside
+// the first, and from row to row.
+struct TileRows {
+    const uint16_t* words;
+    int64_t next, second, row;
+};
+
+// sums[i][j] += a[i] times b[j], or = where they are NEW, over `count` tiles each, for one or two tiles i of a and j of b.
+struct TileSums {
+    float* floats;
+    int64_t apart_in_a, apart_in_b, row;  // in floats: to the tile of the second of a, of the second of b, from row to row
+};
+
+template <bool NEW, int AS, int BS>
+void multiply_tiles(const TileRows& a, const TileRows& b, int64_t count, const TileSums& to) {
+    // Registers are numbers that the compiler must see: sums 0-3, a 4-5, b 6-7.
+    const int64_t a_row = a.row * 2, b_row = b.row * 2, sums_row = to.row * 4;
+    float *const sums = to.floats, *const right = sums + to.apart_in_b;
+    float *const lower = sums + to.apart_in_a, *const last = lower + to.apart_in_b;
+    const uint16_t *from_a = a.words, *from_b = b.words;
+    written(from_a);
+    if constexpr (NEW) {
+        _tile_zero(0);
+        if constexpr (BS == 2) _tile_zero(1);
+        if constexpr (AS == 2) _tile_zero(2);
+        if constexpr (AS == 2 && BS == 2) _tile_zero(3);
+    } else {
+        _tile_loadd(0, sums, sums_row);
+        if constexpr (BS == 2) _tile_loadd(1, right, sums_row);
+        if constexpr (AS == 2) _tile_loadd(2, lower, sums_row);
+        if constexpr (AS == 2 && BS == 2) _tile_loadd(3, last, sums_row);
+    }
+    for (int64_t i = 0; i < count; ++i, from_a += a.next, from_b += b.next) {
+        _tile_loadd(4, from_a, a_row);
+        _tile_loadd(6, from_b, b_row);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (BS == 2) {
+            _tile_loadd(7, from_b + b.second, b_row);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if constexpr (AS == 2) {
+            _tile_loadd(5, from_a + a.second, a_row);
+            _tile_dpbf16ps(2, 5, 6);
+        }
+        if constexpr (AS == 2 && BS == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums, sums_row);
+    if constexpr (BS == 2) _tile_stored(1, right, sums_row);
+    if constexpr (AS == 2) _tile_stored(2, lower, sums_row);
+    if constexpr (AS == 2 && BS == 2) _tile_stored(3, last, sums_row);
+}
+
+using MultiplyTiles = void (*)(const TileRows&, const TileRows&, int64_t, const TileSums&);
+// By the number of a's and of b's, less one.
+constexpr MultiplyTiles ADD_TILES[2][2] = {{multiply_tiles<false, 1, 1>, multiply_tiles<false, 1, 2>},
+                                           {multiply_tiles<false, 2, 1>, multiply_tiles<false, 2, 2>}};
+
+}  // namespace quantlib::cpu::QUANTLIB_ISA
+#endif
