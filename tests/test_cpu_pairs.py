@@ -1,4 +1,4 @@
-"""C++ kernels of bf16 pairs and tile registers: the identity gives back the decoded weight; threads and batch change nothing."""
+"""C++ kernels of bf16 pairs and tile registers: the identity gives back the decoded weight; threads and batch don't matter."""
 
 from __future__ import annotations
 
