@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -27,8 +28,9 @@ from quantlib.algorithms.statistics import InputStatistics
 from quantlib.calibration.statistics import Statistics, calibrate
 from quantlib.calibration.walk import check_tokens
 from quantlib.errors import CheckpointError, QuantlibError
-from quantlib.evaluation import plots
+from quantlib.evaluation import ReferenceLogits, capture_reference, evaluate, plots
 from quantlib.evaluation.report import write_atomically
+from quantlib.evaluation.windows import PROTOCOLS, TokenWindows
 from quantlib.formats import get_format
 from quantlib.formats.base import Format
 from quantlib.patch import patch
@@ -36,8 +38,9 @@ from quantlib.presets import formats_by_layer
 from quantlib.running import evaluating, logits_of, structural_copy
 from quantlib.selection import DEFAULT_SKIP, linear_layers, select_formats
 
-FORMATS = ("int3-g32", "nvfp4", "int4-g32-asym", "q6_k", "int8-g64")
-"""What a plan chooses from where the caller names nothing."""
+FORMATS = ("int3-g32", "int4-g64", "nvfp4", "q4_k", "q4_1", "q5_k", "q6_k", "int8-g64")
+"""What a plan chooses from where the caller names nothing. K-quants are the best of their size where rows are whole blocks of
+256 columns, and large where they are padded; so each width has a format of small blocks beside them."""
 
 GROUPS = 12
 """So many groups of layers are measured by themselves."""
@@ -287,7 +290,8 @@ def _correct(rows: Collection[dict[str, float]], spec: str, kl: float, only: boo
 
 
 class _Judge:
-    """Formats by layer -> mean KL(original || model) over the judging samples."""
+    """Formats by layer -> mean KL(original || model) over the judging samples. The original runs once, if there is room for its
+    logits."""
 
     def __init__(
         self,
@@ -298,20 +302,21 @@ class _Judge:
         method: Algorithm,
         skip: Iterable[str],
     ) -> None:
-        self.model, self.judging, self.method, self.skip = model, judging, method, tuple(skip)
+        self.model, self.method, self.skip = model, method, tuple(skip)
+        self.windows = TokenWindows(PROTOCOLS["A"], judging.cpu(), first=1)
+        self.reference: nn.Module | ReferenceLogits = model
+        try:
+            self.reference = capture_reference(model, self.windows, progress=False)
+        except QuantlibError as error:
+            warnings.warn(f"the original runs beside every candidate: {error}", stacklevel=3)
         self.calibration = {"nothing": None, "moments": statistics, "hessian": training}[method.needs]
 
-    @torch.no_grad()
     def __call__(self, formats: Mapping[str, str]) -> float:
         quantized = structural_copy(self.model)
         patch(quantized, formats, skip=self.skip, algorithm=self.method, calibration=self.calibration, progress=False)
-        total = 0.0
-        with evaluating(self.model), evaluating(quantized):
-            for ids in self.judging:
-                log_p = torch.log_softmax(logits_of(self.model, ids[None]).float()[0], dim=-1)
-                log_q = torch.log_softmax(logits_of(quantized, ids[None]).float()[0], dim=-1)
-                total += float(nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean"))
-        return total / len(self.judging)
+        found = evaluate(quantized, self.windows, reference=self.reference, progress=False).divergence
+        assert found is not None
+        return found.kl
 
 
 def choose(

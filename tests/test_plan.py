@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 from pathlib import Path
@@ -128,6 +129,20 @@ def test_a_plan_fits_and_is_never_worse_than_one_format(budget: str) -> None:
         assert_same_bits(tensor, before[name])
     report = quantlib.patch(model, made, progress=False)
     assert {layer.name: layer.format for layer in report.layers} == dict(made)
+
+
+def test_a_disk_without_room_costs_time_and_no_digit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the original's logits can't be kept, the original runs again for each candidate."""
+    kept = plan(llama(), "5bpw", tokens(12), formats=FORMATS, judged=2)
+
+    def full(*arguments: object, **options: object) -> None:
+        raise quantlib.QuantlibError("the reference's logits need 1.00 GB of disk")
+
+    monkeypatch.setattr(importlib.import_module("quantlib.plan"), "capture_reference", full)
+    with pytest.warns(UserWarning, match=r"runs beside every candidate: .* 1\.00 GB of disk"):
+        made = plan(llama(), "5bpw", tokens(12), formats=FORMATS, judged=2)
+    assert dict(made) == dict(kept)
+    assert made.measured == kept.measured
 
 
 def test_a_plan_outlives_its_process(tmp_path: Path) -> None:
