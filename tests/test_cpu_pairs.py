@@ -21,7 +21,7 @@ if not cpu.has_pairs():
     pytest.skip(f"this CPU multiplies no bf16 pairs; it runs {cpu.isa()}", allow_module_level=True)
 
 DOTS = ("cpu_pairs_dot", *(["cpu_amx_dot"] if cpu.has_tiles() else []))
-TILES = ("cpu_pairs_tile", *(["cpu_amx_linear"] if cpu.has_tiles() else []))
+TILES = ("cpu_pairs_skinny", "cpu_pairs_tile", *(["cpu_amx_linear"] if cpu.has_tiles() else []))
 DGRADS = ("cpu_pairs_dgrad", *(["cpu_amx_dgrad"] if cpu.has_tiles() else []))
 """By operation and by how they round; all of an operation take bf16 x, the first of DOTS other dtypes too."""
 
@@ -136,7 +136,8 @@ def test_infinite_and_missing_numbers_reach_every_result_of_their_row() -> None:
 def test_dispatch_takes_them_where_they_are_fastest_and_says_why_not_elsewhere() -> None:
     weight = quantized("int4-g128", 64, 256)
     assert select(problem_of("linear", 1, weight, torch.bfloat16)).name == "cpu_pairs_dot"
-    assert select(problem_of("linear", 8, weight, torch.bfloat16)).name == DOTS[-1]
+    few = DOTS[1] if cpu.has_tiles() else "cpu_pairs_skinny"
+    assert {select(problem_of("linear", m, weight, torch.bfloat16)).name for m in (8, 12, 16)} == {few}
     assert select(problem_of("linear", 512, weight, torch.bfloat16)).name == TILES[-1]
     assert select(problem_of("dgrad", 512, weight, torch.bfloat16)).name == DGRADS[-1]
     refusals = {choice.kernel: choice.refusal or "" for choice in choices(problem_of("linear", 1, weight, torch.float16))}

@@ -224,6 +224,7 @@ PYBIND11_MODULE(_cpu, module) {
     define_product("linear", &linear<&Kernels::linear, PAIRS>,
                    "y[m, n] = x[m, k] W^T + bias; addresses of x, bias (fp32, or 0) and y, the latter contiguous.");
     define_product("pairs_dot", &linear<&Kernels::pairs_dot, PAIRS>, "The same with codes of 2 to 6 or 8 bits as bf16 numbers.");
+    define_product("pairs_skinny", &linear<&Kernels::pairs_skinny, PAIRS>, "As pairs_tile, for few rows of x.");
     define_product("pairs_tile", &linear<&Kernels::pairs_tile, PAIRS>, "The same for bf16 x, with weights rounded to bf16.");
     define_product("pairs_dgrad", &linear<&Kernels::pairs_dgrad, PAIRS>, "y[m, k] = x[m, n] W in bf16, without a bias.");
     define_product("amx_dot", &linear<&Kernels::amx_dot, TILES>, "As pairs_dot for bf16 x, in tile registers.");

@@ -9,6 +9,7 @@
 #include "linear.h"
 #include "pairs_dgrad.h"
 #include "pairs_dot.h"
+#include "pairs_skinny.h"
 #include "pairs_tile.h"
 #include "search.h"
 
@@ -27,9 +28,11 @@ const Kernels kernels = {
     linear,
 #ifdef QUANTLIB_HAS_PAIRS
     pairs_dot,
+    pairs_skinny,
     pairs_tile,
     pairs_dgrad,
 #else
+    nullptr,
     nullptr,
     nullptr,
     nullptr,

@@ -102,7 +102,6 @@ struct PairsDot {
         const PairsRow rows[DOT_ROWS] = {{plan, call.parts, first}, {plan, call.parts, second}};
         int64_t m = 0;
         if constexpr (PLANES == 1) {
-            some_xs<SHIFT, 8, PLANES>(codes, rows, numbers, m, values);
             some_xs<SHIFT, 4, PLANES>(codes, rows, numbers, m, values);
         }
         some_xs<SHIFT, 2, PLANES>(codes, rows, numbers, m, values);

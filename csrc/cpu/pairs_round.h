@@ -15,20 +15,17 @@ class LawDecoder {
   public:
     explicit LawDecoder(const Plan& plan) : codes_(plan), spread_(plan) {}
 
-    // Spans start ... stop of one row; `planes` count spans from `start`.
-    QUANTLIB_INLINE void spans(const Planes& planes, const RowNumbers& numbers, int64_t start, int64_t stop, uint16_t* to) const {
-        for (int64_t span = start; span < stop; ++span, to += SPAN) {
-            Words w[TURNS];
-            codes_.numbers(planes, span - start, w);
-            const Floats scale = spread_(numbers.scale, span);
-            Floats shift = zero();
-            if constexpr (SHIFT == Shift::zero) shift = spread_(numbers.zero, span);
-            if constexpr (SHIFT == Shift::minimum) shift = spread_(numbers.minimum, span);
-            for (int turn = 0; turn < TURNS; ++turn) {
-                const Floats even = scaled<SHIFT>(low_floats(w[turn]), scale, shift);
-                const Floats odd = scaled<SHIFT>(high_floats(w[turn]), scale, shift);
-                store_words(to + turn * WORDS, round_words(even, odd));
-            }
+    // The weights of one span of a row; `planes` count spans from `span - index`.
+    QUANTLIB_INLINE void span(const Planes& planes, const RowNumbers& numbers, int64_t span, int64_t index, Words* out) const {
+        codes_.numbers(planes, index, out);
+        const Floats scale = spread_(numbers.scale, span);
+        Floats shift = zero();
+        if constexpr (SHIFT == Shift::zero) shift = spread_(numbers.zero, span);
+        if constexpr (SHIFT == Shift::minimum) shift = spread_(numbers.minimum, span);
+        for (int turn = 0; turn < TURNS; ++turn) {
+            const Floats even = scaled<SHIFT>(low_floats(out[turn]), scale, shift);
+            const Floats odd = scaled<SHIFT>(high_floats(out[turn]), scale, shift);
+            out[turn] = round_words(even, odd);
         }
     }
 
@@ -66,21 +63,17 @@ class BookDecoder {
     }
 
     // As LawDecoder's, in the codes' order.
-    QUANTLIB_INLINE void spans(const Planes& planes, const RowNumbers& numbers, int64_t start, int64_t stop, uint16_t* to) const {
-        for (int64_t span = start; span < stop; ++span, to += SPAN) {
-            Words w[TURNS], books[BOOKS];
-            codes_.numbers(planes, span - start, w);
-            for (int i = 0; i < BOOKS; ++i) {
-                const Floats low = entries(numbers, span, 2 * i);
-                books[i] = round_words(low, CODES * GROUPS == LANES ? low : entries(numbers, span, 2 * i + 1));
-            }
-            for (int turn = 0; turn < TURNS; ++turn) {
-                Words codes = w[turn];
-                if constexpr (GROUPS > 1) codes = choose(same_words(CODES - 1), codes, groups_);
-                if constexpr (BOOKS == 1) codes = _mm512_permutexvar_epi16(codes, books[0]);
-                if constexpr (BOOKS == 2) codes = _mm512_permutex2var_epi16(books[0], codes, books[1]);
-                store_words(to + turn * WORDS, codes);
-            }
+    QUANTLIB_INLINE void span(const Planes& planes, const RowNumbers& numbers, int64_t span, int64_t index, Words* out) const {
+        Words books[BOOKS];
+        codes_.numbers(planes, index, out);
+        for (int i = 0; i < BOOKS; ++i) {
+            const Floats low = entries(numbers, span, 2 * i);
+            books[i] = round_words(low, CODES * GROUPS == LANES ? low : entries(numbers, span, 2 * i + 1));
+        }
+        for (int turn = 0; turn < TURNS; ++turn) {
+            if constexpr (GROUPS > 1) out[turn] = choose(same_words(CODES - 1), out[turn], groups_);
+            if constexpr (BOOKS == 1) out[turn] = _mm512_permutexvar_epi16(out[turn], books[0]);
+            if constexpr (BOOKS == 2) out[turn] = _mm512_permutex2var_epi16(books[0], out[turn], books[1]);
         }
     }
 
@@ -147,15 +140,27 @@ inline void with_rounding_decoder(const Plan& plan, With with) {
     }
 }
 
-// Spans start ... stop of one row of W, which may reach beyond the stored codes; `numbers` are the row's.
+// Spans start ... stop of one row; `planes` count spans from `start`.
 template <class Decoder>
-inline void decode_columns(const Decoder& decoder, const LinearCall& call, int64_t row, int64_t start, int64_t stop, uint16_t* to,
+QUANTLIB_INLINE void decode_spans(const Decoder& decoder, const Planes& planes, const RowNumbers& numbers, int64_t start,
+                                  int64_t stop, uint16_t* to) {
+    for (int64_t span = start; span < stop; ++span, to += SPAN) {
+        Words w[TURNS];
+        decoder.span(planes, numbers, span, span - start, w);
+        for (int turn = 0; turn < TURNS; ++turn) store_words(to + turn * WORDS, w[turn]);
+    }
+}
+
+// The same of a row of W, beyond whose stored codes spans may reach; `numbers` are the row's.
+template <class Decoder>
+inline void decode_columns(const Decoder& kept, const LinearCall& call, int64_t row, int64_t start, int64_t stop, uint16_t* to,
                            const RowNumbers& numbers) {
+    const Decoder decoder = kept;  // a local copy stays in registers
     const Plan& plan = *call.plan;
     const PairsRow packed(plan, call.parts, row);
     const int64_t inside = most(start, least(stop, packed.whole()));
-    decoder.spans(moved(plan.bits, packed.planes(), start * (SPAN / CHUNK)), numbers, start, inside, to);
-    if (inside < stop) decoder.spans(packed.tail(), numbers, inside, stop, to + (inside - start) * SPAN);
+    decode_spans(decoder, moved(plan.bits, packed.planes(), start * (SPAN / CHUNK)), numbers, start, inside, to);
+    if (inside < stop) decode_spans(decoder, packed.tail(), numbers, inside, stop, to + (inside - start) * SPAN);
 }
 
 }  // namespace quantlib::cpu::QUANTLIB_ISA

@@ -33,6 +33,7 @@ void multiply_tile(const uint16_t* weights, const uint16_t* x, int64_t x_stride,
             for (int r = 0; r < TILE_ROWS; ++r) total[m][r] = dot(total[m][r], w[r], a);
         }
     }
+#pragma GCC unroll 8  // else the sums go through memory
     for (int m = 0; m < M; ++m) {
         float* to = sums + m * sums_stride;
         _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), four_sums(total[m][0], total[m][1], total[m][2], total[m][3])));
@@ -66,11 +67,23 @@ struct PairsTile {
         memset(memory.weights + rows * BLOCK_WORDS, 0, (tiles - rows) * BLOCK_WORDS * sizeof(uint16_t));
     }
 
+    // Ask for one of `parts` parts of what the tiles from row m of x on will read.
+    inline void fetch_x(int64_t m, int64_t part, int64_t parts, int64_t start, int64_t vectors) const {
+        const int64_t stop = least(call.m, m + TILE_XS);
+        for (; m < stop; ++m) {
+            const uint16_t* words = x + m * x_stride + start * SPAN;
+            for (int64_t v = vectors * part / parts; v < vectors * (part + 1) / parts; ++v) fetch(words + v * WORDS);
+        }
+    }
+
     inline void multiply(int64_t rows, int64_t start, int64_t stop, const TileMemory& memory) const {
         const int64_t vectors = (stop - start) * TURNS;
-        for (int64_t m = 0; m < call.m; m += TILE_XS) {
-            const TileFunction tile = TILES[least(TILE_XS, call.m - m)];
+        const int64_t tiles = (call.m + TILE_XS - 1) / TILE_XS;  // of about one height: low ones wait for their sums
+        for (int64_t t = 0; t < tiles; ++t) {
+            const int64_t m = call.m * t / tiles, next = call.m * (t + 1) / tiles;
+            const TileFunction tile = TILES[next - m];
             for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+                fetch_x(next, r / TILE_ROWS, (rows + TILE_ROWS - 1) / TILE_ROWS, start, vectors);
                 tile(memory.weights + r * BLOCK_WORDS, x + m * x_stride + start * SPAN, x_stride, vectors,
                      memory.sums + m * BLOCK_ROWS + r, BLOCK_ROWS);
             }

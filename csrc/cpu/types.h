@@ -98,6 +98,7 @@ struct DenseCall;
 struct Kernels {
     bool (*linear)(const Joined<LinearCall>&);
     bool (*pairs_dot)(const Joined<LinearCall>&);
+    bool (*pairs_skinny)(const LinearCall&);
     bool (*pairs_tile)(const LinearCall&);
     bool (*pairs_dgrad)(const LinearCall&);  // x is dY [m, n], y is dX [m, k]
     bool (*amx_dot)(const Joined<LinearCall>&);

@@ -275,7 +275,9 @@ def predicted(problem: Problem, kernel: str, decode_rate: float, peak_share: flo
     memory = (packed_bytes(problem) + activation_bytes(problem)) / (device.bandwidth * 1e3)
     decode = problem.n * problem.k / (device.units * decode_rate * 1e3)
     compute = 2 * problem.m * problem.n * problem.k / (device.peak_tflops * 1e6 * peak_share)
-    return max(memory, decode + compute) / tuned_efficiency(device, kernel, 1.0)
+    work = decode + compute
+    # What takes less hides behind the other, but not quite: of two kernels that wait for memory, the one with less to do wins.
+    return (max(memory, work) + 0.05 * min(memory, work)) / tuned_efficiency(device, kernel, 1.0)
 
 
 def predicted_decode_matmul(problem: Problem, kernel: str) -> float:

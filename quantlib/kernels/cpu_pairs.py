@@ -23,6 +23,8 @@ CODE_BITS = (2, 3, 4, 5, 6, 8)
 """Widths of codes that have a look-up in registers."""
 PLANES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 """bf16 numbers whose sum is a number of x, exactly."""
+SKINNY_ROWS = 16
+"""Rows of x that share the cost of decoding in the skinny kernel, as measured; it decodes for every eight of them."""
 ROWS_AT_ONCE = 1024
 """Rows of x or dY in one call: bounds the memory of fp32 sums."""
 
@@ -110,6 +112,16 @@ class RoundedPairsKernel(PairsKernel):
         return super().supports(problem)
 
 
+class CpuPairsSkinny(RoundedPairsKernel):
+    name = "cpu_pairs_skinny"
+    operation = "linear"
+    function = "pairs_skinny"
+
+    def cost(self, problem: Problem) -> float:
+        rate = decode_rate(problem, 29.0, 19.0) / -(-max(problem.m, 1) // SKINNY_ROWS)
+        return predicted(problem, self.name, rate, peak_share=0.8 if cpu.has_tiles() else 2.1)
+
+
 class CpuPairsTile(RoundedPairsKernel):
     name = "cpu_pairs_tile"
     operation = "linear"
@@ -129,5 +141,6 @@ class CpuPairsDgrad(RoundedPairsKernel):
 
 
 register_kernel(CpuPairsDot())
+register_kernel(CpuPairsSkinny())
 register_kernel(CpuPairsTile())
 register_kernel(CpuPairsDgrad())
