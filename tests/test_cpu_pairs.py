@@ -133,6 +133,22 @@ def test_infinite_and_missing_numbers_reach_every_result_of_their_row() -> None:
         assert not bool(y[0].isnan().any())
 
 
+@pytest.mark.parametrize("spec", ["int4-g32", "int4-g32-asym", "nvfp4", "mxfp4", "q4_1", "int5-asym"])
+def test_numbers_of_the_next_row_do_not_reach_a_row_that_ends_inside_a_span(spec: str) -> None:
+    """Rows' scales lie side by side, and a row's last span reads on into the next one's."""
+    weight = quantized(spec, 40, 160)
+    parts = {name: part.clone() for name, part in weight.parts.items()}
+    for name in {"scales", "minima"} & parts.keys():
+        parts[name][1::2] = float("nan") if parts[name].is_floating_point() else (0xFF if spec == "mxfp4" else 0x7F)
+    broken = quantlib.QuantizedTensor(weight.format, weight.shape, parts)
+    for m in (1, 4, 9):
+        x = random_x(m, 160, torch.bfloat16)
+        for name in (*DOTS, *TILES):
+            y, expected = run(name, x, broken), run(name, x, weight)
+            assert bool(y[:, 1::2].isnan().all())
+            assert_same_bits(y[:, ::2], expected[:, ::2])
+
+
 def test_dispatch_takes_them_where_they_are_fastest_and_says_why_not_elsewhere() -> None:
     weight = quantized("int4-g128", 64, 256)
     assert select(problem_of("linear", 1, weight, torch.bfloat16)).name == "cpu_pairs_dot"

@@ -2,7 +2,7 @@
 
 Tests of the kernels run once more, with an extension of the same sources and flags, but watched. Tensors are allocated one by
 one, so that a byte read behind the last row of any of them is found; shapes have rows and columns off every block. What a
-sanitizer does not see: loads that are instructions of their own (gathers), whose indices the tests of results cover.
+sanitizer does not see: loads that are instructions of their own: gathers, whose indices the tests of results cover, and masked.
 """
 
 from __future__ import annotations

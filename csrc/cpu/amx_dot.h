@@ -107,22 +107,19 @@ class AmxDot {
     void decode_span(int64_t row, int64_t rows, int64_t span) const {
         const Codes codes = codes_;  // a local copy stays in registers
         uint16_t* to = memory_.weights[span % 2];
-        Planes planes = planes_of(plan_.bits, call_.parts.codes + row * row_bytes_, plan_.padded_k);
-        if ((span + 1) * SPAN <= plan_.padded_k) {
-            planes = moved(plan_.bits, planes, span * (SPAN / CHUNK));
-            for (int64_t r = 0; r < STEP_ROWS; ++r, to += SPAN) {
-                Words w[TURNS];
-                codes.numbers(planes, 0, w, STEP_ROWS * row_bytes_);
-                for (int turn = 0; turn < TURNS; ++turn) store_words(to + turn * WORDS, w[turn]);
-                if (r + 1 < rows) planes = further(planes);
-            }
-            return;
+        const PairsRow first(plan_, call_.parts, row);
+        if (span < first.whole()) {
+            decode_rows(codes, WholeSpan(), first.planes(span), rows, to);
+        } else {
+            decode_rows(codes, first.part(), first.tail(), rows, to);
         }
+    }
+
+    template <class Stored>
+    QUANTLIB_INLINE void decode_rows(const Codes& codes, const Stored& stored, Planes planes, int64_t rows, uint16_t* to) const {
         for (int64_t r = 0; r < STEP_ROWS; ++r, to += SPAN) {
             Words w[TURNS];
-            uint8_t tail[3][SPAN];
-            copy_tail<SPAN>(plan_, planes, span, tail);
-            codes.numbers({{tail[0], tail[1], tail[2]}}, 0, w, 0);
+            codes.numbers(stored, planes, 0, w, STEP_ROWS * row_bytes_);
             for (int turn = 0; turn < TURNS; ++turn) store_words(to + turn * WORDS, w[turn]);
             if (r + 1 < rows) planes = further(planes);
         }

@@ -52,7 +52,6 @@ inline void read_super_runs(const Planes& planes, const uint8_t* units, int64_t 
 // The same for `rows` rows of blocks from `row` on, one after another. The planes of rows shorter than a run are moved together
 // first: most of each run would be empty.
 inline void read_super_rows(const Plan& plan, const uint8_t* codes, const uint8_t* units, int64_t row, int64_t rows, float* to) {
-    constexpr int LOW = PLANE_WIDTHS[SUPER_BITS][0], HIGH = PLANE_WIDTHS[SUPER_BITS][1];  // bytes for eight codes
     const int64_t across = plan.blocks_across, supers = across / SUPER_COUNT, row_bytes = across * SUPER_BITS / 8;
     const Floats offset = broadcast(plan.super_offset);
     codes += row * row_bytes, units += row * supers * 2;
@@ -63,16 +62,9 @@ inline void read_super_rows(const Plan& plan, const uint8_t* codes, const uint8_
         }
         return;
     }
-    uint8_t low[Run::MOST_ROWS * SUPER_RUN / SUPER_COUNT * LOW], high[Run::MOST_ROWS * SUPER_RUN / SUPER_COUNT * HIGH];
-    uint8_t *next_low = low, *next_high = high;
-    for (int64_t r = 0; r < rows; ++r) {
-        const Planes planes = planes_of(SUPER_BITS, codes + r * row_bytes, across);
-        for (int64_t s = 0; s < supers; ++s, next_low += LOW, next_high += HIGH) {
-            memcpy(next_low, planes.plane[0] + s * LOW, LOW);
-            memcpy(next_high, planes.plane[1] + s * HIGH, HIGH);
-        }
-    }
-    read_super_runs({{low, high, nullptr}}, units, rows * across, offset, to);
+    uint8_t joined[Run::MOST_ROWS * SUPER_RUN * SUPER_BITS / 8];
+    join_rows(SUPER_BITS, codes, across, rows, joined);
+    read_super_runs(planes_of(SUPER_BITS, joined, rows * across), units, rows * across, offset, to);
 }
 
 // Fill `numbers` for `rows` rows from `row` on, in units of the decoder.

@@ -31,15 +31,17 @@ struct BookCodes {
         return book.look_up(codes);
     }
 
-    QUANTLIB_INLINE void numbers(const Planes& planes, int64_t span, Words* out, int64_t ahead = FETCH_AHEAD) const {
+    template <class Stored>
+    QUANTLIB_INLINE void numbers(const Stored& stored, const Planes& planes, int64_t span, Words* out,
+                                 int64_t ahead = FETCH_AHEAD) const {
         const uint8_t* low = planes.plane[0] + span * (SPAN * FIRST / 8);
         fetch(low + ahead);
-        const Words first = load_plane<FIRST>(low);
+        const Words first = load_plane<FIRST>(stored, low);
         Words second = first;
         if constexpr (SECOND != 0) {
             const uint8_t* high = planes.plane[1] + span * (SPAN * SECOND / 8);
             fetch(high + ahead);
-            second = load_plane<SECOND>(high);
+            second = load_plane<SECOND>(stored, high);
         }
         out[0] = turn<0>(first, second);
         out[1] = turn<1>(first, second);
@@ -52,12 +54,14 @@ struct ByteCodes {
     const ByteBook book;
     explicit ByteCodes(const Plan& plan) : book(plan.pairs) {}
 
-    QUANTLIB_INLINE void numbers(const Planes& planes, int64_t span, Words* out, int64_t ahead = FETCH_AHEAD) const {
+    template <class Stored>
+    QUANTLIB_INLINE void numbers(const Stored& stored, const Planes& planes, int64_t span, Words* out,
+                                 int64_t ahead = FETCH_AHEAD) const {
         const uint8_t* bytes = planes.plane[0] + span * SPAN;
         fetch(bytes + ahead);
         fetch(bytes + ahead + 64);
         Words first, second;
-        load_byte_plane(bytes, first, second);
+        load_byte_plane(stored, bytes, first, second);
         book.look_up(first, out[0], out[1]);
         book.look_up(second, out[2], out[3]);
     }
@@ -71,8 +75,10 @@ class Spread {
         index_ = _mm512_srl_epi32(lane, _mm_cvtsi32_si128(__builtin_ctz(plan.span_piece / 8)));
     }
     // Lane l has the number of columns 8l ... 8l + 7 of a span.
-    QUANTLIB_INLINE Floats operator()(const float* pieces, int64_t span) const {
-        return permute(index_, load(pieces + span * count_));
+    // Zero behind the stored columns, where `pieces` go on with what belongs to another row.
+    template <class Stored>
+    QUANTLIB_INLINE Floats operator()(const Stored& stored, const float* pieces, int64_t span) const {
+        return stored.permute_numbers(index_, load(pieces + span * count_));
     }
 
   private:
@@ -80,7 +86,24 @@ class Spread {
     Ints index_;
 };
 
-using PairsRow = SpanRow<SPAN>;
+// One weight row: codes in whole spans, then those of a part of one.
+class PairsRow {
+  public:
+    PairsRow(const Plan& plan, const Parts& parts, int64_t row)
+        : bits_(plan.bits),
+          columns_(plan.padded_k),
+          planes_(planes_of(plan.bits, parts.codes + row * (plan.padded_k * plan.bits / 8), plan.padded_k)) {}
+    int64_t whole() const { return columns_ / SPAN; }
+    const Planes& planes() const { return planes_; }
+    Planes planes(int64_t span) const { return moved(bits_, planes_, span * (SPAN / CHUNK)); }
+    Planes tail() const { return planes(whole()); }
+    PartSpan part() const { return {columns_ % SPAN}; }
+
+  private:
+    const int bits_;
+    const int64_t columns_;
+    const Planes planes_;
+};
 
 template <class With>
 inline void with_codes(const Plan& plan, With with) {

@@ -156,7 +156,7 @@ inline bool dgrad(const LinearCall& call) {
     if (call.m == 0 || plan.k == 0) return true;
     const int64_t spans = spans_of(plan.k);
     const int threads = int(least(spans, useful_threads(plan.n * spans * SPAN * call.m, call.threads)));
-    const BlockNumbers numbers(plan, spans * SPAN, Block::ROWS);
+    const BlockNumbers numbers(plan, least(plan.padded_k, spans * SPAN), Block::ROWS);
     const int64_t whole_rows = round_up(call.m, Multiply::WHOLE_ROWS);
     const int64_t weight_floats = Block::SPANS * 2 * Block::HALF_WORDS / 2, row_floats = Block::COLUMNS;
     const int64_t sums_floats = whole_rows * Block::STRIDE;

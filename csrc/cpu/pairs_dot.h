@@ -23,18 +23,18 @@ struct PairsX {
 };
 
 // total[r][m] += what spans start ... stop contribute to the product of rows r and m; `planes` count spans from `start`.
-template <Shift SHIFT, int M, int PLANES, class Codes>
-QUANTLIB_INLINE void add_spans(const Codes& codes, const Spread& spread, const Planes (&planes)[DOT_ROWS],
+template <Shift SHIFT, int M, int PLANES, class Codes, class Stored>
+QUANTLIB_INLINE void add_spans(const Codes& codes, const Spread& spread, const Stored& stored, const Planes (&planes)[DOT_ROWS],
                                const RowNumbers (&numbers)[DOT_ROWS], const PairsX& x, int64_t start, int64_t stop,
                                Floats (&total)[DOT_ROWS][M]) {
     for (int64_t span = start; span < stop; ++span) {
         Words w[DOT_ROWS][TURNS];
         Floats scale[DOT_ROWS], shift[DOT_ROWS];
         for (int r = 0; r < DOT_ROWS; ++r) {
-            codes.numbers(planes[r], span - start, w[r]);
-            scale[r] = spread(numbers[r].scale, span);
-            if constexpr (SHIFT == Shift::zero) shift[r] = spread(numbers[r].zero, span);
-            if constexpr (SHIFT == Shift::minimum) shift[r] = spread(numbers[r].minimum, span);
+            codes.numbers(stored, planes[r], span - start, w[r]);
+            scale[r] = spread(stored, numbers[r].scale, span);
+            if constexpr (SHIFT == Shift::zero) shift[r] = spread(stored, numbers[r].zero, span);
+            if constexpr (SHIFT == Shift::minimum) shift[r] = spread(stored, numbers[r].minimum, span);
         }
         for (int m = 0; m < M; ++m) {
             const uint16_t* words = x.words + m * x.row_stride + span * SPAN;
@@ -69,10 +69,10 @@ void dot_rows(const Plan& plan, const Codes& kept, const PairsRow (&rows)[DOT_RO
     }
     const int64_t inside = least(rows[0].whole(), spans);
     const Planes planes[DOT_ROWS] = {rows[0].planes(), rows[1].planes()};
-    add_spans<SHIFT, M, PLANES>(codes, spread, planes, numbers, x, 0, inside, total);
+    add_spans<SHIFT, M, PLANES>(codes, spread, WholeSpan(), planes, numbers, x, 0, inside, total);
     if (inside < spans) {
         const Planes tails[DOT_ROWS] = {rows[0].tail(), rows[1].tail()};
-        add_spans<SHIFT, M, PLANES>(codes, spread, tails, numbers, x, inside, spans, total);
+        add_spans<SHIFT, M, PLANES>(codes, spread, rows[0].part(), tails, numbers, x, inside, spans, total);
     }
     for (int m = 0; m < M; ++m) {
         for (int r = 0; r < DOT_ROWS; ++r) values[(m * DOT_ROWS + r) * WRITE_ROWS] = sum(total[r][m]);
@@ -138,7 +138,7 @@ inline bool pairs_dot(const Joined<LinearCall>& joined) {
     // Rows a multiple of 4096 bytes apart would all compete for the same few sets of the first-level cache.
     const int64_t row_words = planes * spans * SPAN + WORDS;
     const int threads = useful_threads(rows * spans * SPAN * first.m, first.threads);
-    const Run run(plan, spans * SPAN);
+    const Run run(plan, least(plan.padded_k, spans * SPAN));
     const bool shifted = shift_of(plan) != Shift::none;
     const int64_t sums_stride = shifted ? spans * LANES : 0;
     const int64_t thread_floats = DotMemory::size(first, run);

@@ -16,12 +16,14 @@ class LawDecoder {
     explicit LawDecoder(const Plan& plan) : codes_(plan), spread_(plan) {}
 
     // The weights of one span of a row; `planes` count spans from `span - index`.
-    QUANTLIB_INLINE void span(const Planes& planes, const RowNumbers& numbers, int64_t span, int64_t index, Words* out) const {
-        codes_.numbers(planes, index, out);
-        const Floats scale = spread_(numbers.scale, span);
+    template <class Stored>
+    QUANTLIB_INLINE void span(const Stored& stored, const Planes& planes, const RowNumbers& numbers, int64_t span, int64_t index,
+                              Words* out) const {
+        codes_.numbers(stored, planes, index, out);
+        const Floats scale = spread_(stored, numbers.scale, span);
         Floats shift = zero();
-        if constexpr (SHIFT == Shift::zero) shift = spread_(numbers.zero, span);
-        if constexpr (SHIFT == Shift::minimum) shift = spread_(numbers.minimum, span);
+        if constexpr (SHIFT == Shift::zero) shift = spread_(stored, numbers.zero, span);
+        if constexpr (SHIFT == Shift::minimum) shift = spread_(stored, numbers.minimum, span);
         for (int turn = 0; turn < TURNS; ++turn) {
             const Floats even = scaled<SHIFT>(low_floats(out[turn]), scale, shift);
             const Floats odd = scaled<SHIFT>(high_floats(out[turn]), scale, shift);
@@ -63,9 +65,11 @@ class BookDecoder {
     }
 
     // As LawDecoder's, in the codes' order.
-    QUANTLIB_INLINE void span(const Planes& planes, const RowNumbers& numbers, int64_t span, int64_t index, Words* out) const {
+    template <class Stored>
+    QUANTLIB_INLINE void span(const Stored& stored, const Planes& planes, const RowNumbers& numbers, int64_t span, int64_t index,
+                              Words* out) const {
         Words books[BOOKS];
-        codes_.numbers(planes, index, out);
+        codes_.numbers(stored, planes, index, out);
         for (int i = 0; i < BOOKS; ++i) {
             const Floats low = entries(numbers, span, 2 * i);
             books[i] = round_words(low, CODES * GROUPS == LANES ? low : entries(numbers, span, 2 * i + 1));
@@ -74,6 +78,7 @@ class BookDecoder {
             if constexpr (GROUPS > 1) out[turn] = choose(same_words(CODES - 1), out[turn], groups_);
             if constexpr (BOOKS == 1) out[turn] = _mm512_permutexvar_epi16(out[turn], books[0]);
             if constexpr (BOOKS == 2) out[turn] = _mm512_permutex2var_epi16(books[0], out[turn], books[1]);
+            out[turn] = stored.keep_words(out[turn]);
         }
     }
 
@@ -141,12 +146,12 @@ inline void with_rounding_decoder(const Plan& plan, With with) {
 }
 
 // Spans start ... stop of one row; `planes` count spans from `start`.
-template <class Decoder>
-QUANTLIB_INLINE void decode_spans(const Decoder& decoder, const Planes& planes, const RowNumbers& numbers, int64_t start,
-                                  int64_t stop, uint16_t* to) {
+template <class Decoder, class Stored>
+QUANTLIB_INLINE void decode_spans(const Decoder& decoder, const Stored& stored, const Planes& planes, const RowNumbers& numbers,
+                                  int64_t start, int64_t stop, uint16_t* to) {
     for (int64_t span = start; span < stop; ++span, to += SPAN) {
         Words w[TURNS];
-        decoder.span(planes, numbers, span, span - start, w);
+        decoder.span(stored, planes, numbers, span, span - start, w);
         for (int turn = 0; turn < TURNS; ++turn) store_words(to + turn * WORDS, w[turn]);
     }
 }
@@ -159,8 +164,10 @@ inline void decode_columns(const Decoder& kept, const LinearCall& call, int64_t 
     const Plan& plan = *call.plan;
     const PairsRow packed(plan, call.parts, row);
     const int64_t inside = most(start, least(stop, packed.whole()));
-    decode_spans(decoder, moved(plan.bits, packed.planes(), start * (SPAN / CHUNK)), numbers, start, inside, to);
-    if (inside < stop) decode_spans(decoder, packed.tail(), numbers, inside, stop, to + (inside - start) * SPAN);
+    decode_spans(decoder, WholeSpan(), packed.planes(start), numbers, start, inside, to);
+    if (inside < stop) {
+        decode_spans(decoder, packed.part(), packed.tail(), numbers, inside, stop, to + (inside - start) * SPAN);
+    }
 }
 
 }  // namespace quantlib::cpu::QUANTLIB_ISA

@@ -18,13 +18,13 @@ struct SkinnyX {
 };
 
 // total[r][m] += the product of spans start ... stop of row r of W and row m of x.
-template <int M, class Decoder>
-QUANTLIB_INLINE void add_rounded_spans(const Decoder& decoder, const Planes (&planes)[DOT_ROWS],
+template <int M, class Decoder, class Stored>
+QUANTLIB_INLINE void add_rounded_spans(const Decoder& decoder, const Stored& stored, const Planes (&planes)[DOT_ROWS],
                                        const RowNumbers (&numbers)[DOT_ROWS], const SkinnyX& x, int64_t start, int64_t stop,
                                        Floats (&total)[DOT_ROWS][M]) {
     for (int64_t span = start; span < stop; ++span) {
         Words w[DOT_ROWS][TURNS];
-        for (int r = 0; r < DOT_ROWS; ++r) decoder.span(planes[r], numbers[r], span, span - start, w[r]);
+        for (int r = 0; r < DOT_ROWS; ++r) decoder.span(stored, planes[r], numbers[r], span, span - start, w[r]);
         for (int turn = 0; turn < TURNS; ++turn) {
 #pragma GCC unroll 8  // else sums go through memory
             for (int m = 0; m < M; ++m) {
@@ -47,10 +47,10 @@ void rounded_rows(const Decoder& kept, const PairsRow (&rows)[DOT_ROWS], const R
     }
     const int64_t inside = least(rows[0].whole(), x.spans);
     const Planes planes[DOT_ROWS] = {rows[0].planes(), rows[1].planes()};
-    add_rounded_spans(decoder, planes, numbers, x, 0, inside, total);
+    add_rounded_spans(decoder, WholeSpan(), planes, numbers, x, 0, inside, total);
     if (inside < x.spans) {
         const Planes tails[DOT_ROWS] = {rows[0].tail(), rows[1].tail()};
-        add_rounded_spans(decoder, tails, numbers, x, inside, x.spans, total);
+        add_rounded_spans(decoder, rows[0].part(), tails, numbers, x, inside, x.spans, total);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
@@ -104,7 +104,7 @@ inline bool pairs_skinny(const LinearCall& call) {
     // Rows a multiple of 4096 bytes apart would all compete for the same few sets of the first-level cache.
     const int64_t x_stride = spans * SPAN + WORDS;
     const int threads = useful_threads(plan.n * spans * SPAN * call.m, call.threads);
-    const Run run(plan, spans * SPAN);
+    const Run run(plan, least(plan.padded_k, spans * SPAN));
     const int64_t thread_floats = round_up(DotMemory::size(call, run), LANES);
     const Scratch words(x_rows * x_stride / 2), scratch(threads * thread_floats);
     if (words.floats == nullptr || scratch.floats == nullptr) return false;

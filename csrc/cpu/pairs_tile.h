@@ -112,7 +112,7 @@ inline bool pairs_tile(const LinearCall& call) {
     if (call.m == 0 || plan.n == 0) return true;
     const int64_t spans = spans_of(plan.k);
     const int threads = useful_threads(plan.n * spans * SPAN * call.m, call.threads);
-    const BlockNumbers numbers(plan, spans * SPAN, BLOCK_ROWS);
+    const BlockNumbers numbers(plan, least(plan.padded_k, spans * SPAN), BLOCK_ROWS);
     const int64_t weight_floats = BLOCK_ROWS * BLOCK_WORDS / 2, sums_floats = call.m * BLOCK_ROWS;
     const int64_t thread_floats = weight_floats + sums_floats + round_up(numbers.floats(), LANES);
     const int64_t x_stride = spans * SPAN + WORDS;

@@ -30,6 +30,19 @@ inline Planes moved(int bits, Planes planes, int64_t chunk) {
     return planes;
 }
 
+// The codes of `rows` rows of `columns` codes each, a multiple of eight, as one row: `to` gets its planes one after the other.
+inline void join_rows(int bits, const uint8_t* from, int64_t columns, int64_t rows, uint8_t* to) {
+    const int64_t row_bytes = columns * bits / 8;
+    const Planes first = planes_of(bits, from, columns);
+    for (int i = 0; i < 3; ++i) {
+        const int width = PLANE_WIDTHS[bits][i];  // bytes of eight codes
+        for (int64_t r = 0; r < rows && width != 0; ++r, to += columns * width / 8) {
+            const uint8_t* plane = first.plane[i] + r * row_bytes;
+            memcpy(to, plane, columns * width / 8);
+        }
+    }
+}
+
 // A copy of the last `columns` < CHUNK codes of a row: a whole chunk can be read from it, the rest of it zero.
 struct TailChunk {
     uint8_t bytes[3][CHUNK] = {};

@@ -75,14 +75,14 @@ inline void scale_supers(float* to, const float* units, int64_t count, float off
     }
 }
 
-inline void read_super_row(const Plan& plan, const uint8_t* codes, const uint8_t* units, int64_t block_row, float* to) {
-    const int64_t across = plan.blocks_across, supers = across / plan.super_count;
-    read_integers(plan.super_bits, codes + block_row * ((across * plan.super_bits + 7) / 8), across, to);
-    const uint8_t* unit_row = units + block_row * supers * 2;
+// `count` codes of one row, whose units begin at `units`; `to` has a chunk to spare.
+inline void read_super_row(const Plan& plan, const uint8_t* codes, const uint8_t* units, int64_t count, float* to) {
+    const int64_t supers = count / plan.super_count;
+    read_integers(plan.super_bits, codes, count, to);
     for (int64_t start = 0; start < supers; start += CHUNK) {
         const int64_t count = least(CHUNK, supers - start);
         float unit[CHUNK] = {};
-        read_numbers(DType::float16, unit_row + start * 2, count, unit);
+        read_numbers(DType::float16, units + start * 2, count, unit);
         float* run = to + start * plan.super_count;
         if (plan.super_count == 8) {
             scale_supers<8>(run, unit, count * 8, plan.super_offset);
@@ -99,9 +99,20 @@ inline void read_super_row(const Plan& plan, const uint8_t* codes, const uint8_t
     }
 }
 
-// Row by row, because each row's codes are packed by themselves. `to` has a chunk to spare.
+// Those of `rows` rows of blocks, whose codes are packed row by row. `to` has a chunk to spare.
 inline void read_super(const Plan& plan, const uint8_t* codes, const uint8_t* units, int64_t block_row, int64_t rows, float* to) {
-    for (int64_t r = 0; r < rows; ++r) read_super_row(plan, codes, units, block_row + r, to + r * plan.blocks_across);
+    const int64_t across = plan.blocks_across, row_bytes = (across * plan.super_bits + 7) / 8;
+    const int64_t unit_bytes = across / plan.super_count * 2;
+    codes += block_row * row_bytes, units += block_row * unit_bytes;
+    constexpr int64_t MOST = 1024;  // codes read together
+    if (rows > 1 && across % 8 == 0 && across < CHUNK && rows * across <= MOST) {
+        uint8_t joined[MOST];
+        join_rows(plan.super_bits, codes, across, rows, joined);
+        return read_super_row(plan, joined, units, rows * across, to);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        read_super_row(plan, codes + r * row_bytes, units + r * unit_bytes, across, to + r * across);
+    }
 }
 
 // Those of `rows` rows of blocks, one after another.

@@ -118,19 +118,62 @@ struct ByteBook {
     }
 };
 
+// Codes of 4, 2, 1 and 8 bits out of memory, of a span that is stored whole; those of 8 bits from column `column` on.
+struct WholeSpan {
+    QUANTLIB_INLINE Words load_nibbles(const uint8_t* from) const { return load_words(from); }
+    QUANTLIB_INLINE Words load_bytes(const uint8_t* from, int64_t) const { return load_words(from); }
+    QUANTLIB_INLINE Floats permute_numbers(Ints index, Floats a) const { return permute(index, a); }
+    QUANTLIB_INLINE Words keep_words(Words a) const { return a; }
+    QUANTLIB_INLINE __m256i load_pairs(const uint8_t* from) const {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    }
+    QUANTLIB_INLINE __m128i load_bits(const uint8_t* from) const {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    }
+};
+
+// Of a span whose first `columns` columns are stored: no byte behind them is read, zeros stand there.
+struct PartSpan {
+    int64_t columns;
+    QUANTLIB_INLINE Words load_nibbles(const uint8_t* from) const { return load_first(from, (columns + 1) / 2); }
+    QUANTLIB_INLINE Words load_bytes(const uint8_t* from, int64_t column) const { return load_first(from, columns - column); }
+    QUANTLIB_INLINE __m256i load_pairs(const uint8_t* from) const {
+        return _mm256_maskz_loadu_epi8(__mmask32(first((columns + 3) / 4)), from);
+    }
+    QUANTLIB_INLINE __m128i load_bits(const uint8_t* from) const {
+        return _mm_maskz_loadu_epi8(__mmask16(first((columns + 7) / 8)), from);
+    }
+    // Numbers of lanes of eight columns, and words of columns 4w + turn; zeros behind the stored ones.
+    QUANTLIB_INLINE Floats permute_numbers(Ints index, Floats a) const {
+        return _mm512_maskz_permutexvar_ps(__mmask16(first((columns + 7) / 8)), index, a);
+    }
+    QUANTLIB_INLINE Words keep_words(Words a) const {
+        return _mm512_maskz_mov_epi16(__mmask32(first((columns + 3) / 4)), a);
+    }
+
+  private:
+    static QUANTLIB_INLINE Words load_first(const uint8_t* from, int64_t count) {
+        return _mm512_maskz_loadu_epi8(first(count), from);
+    }
+    static QUANTLIB_INLINE __mmask64 first(int64_t count) {
+        return count <= 0 ? 0 : count >= 64 ? ~__mmask64(0) : (__mmask64(1) << count) - 1;
+    }
+};
+
 // Words of one plane of codes of WIDTH bits, 128 codes: word w holds codes 4w ... 4w + 3 from bit 0 up, and what comes above
 // them means nothing.
-template <int WIDTH>
-QUANTLIB_INLINE Words load_plane(const uint8_t* from) {
-    if constexpr (WIDTH == 4) return load_words(from);
-    if constexpr (WIDTH == 2) return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-    const Words bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+template <int WIDTH, class Stored>
+QUANTLIB_INLINE Words load_plane(const Stored& stored, const uint8_t* from) {
+    if constexpr (WIDTH == 4) return stored.load_nibbles(from);
+    if constexpr (WIDTH == 2) return _mm512_cvtepu8_epi16(stored.load_pairs(from));
+    const Words bytes = _mm512_cvtepu8_epi32(stored.load_bits(from));
     return _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
 }
 
 // 128 bytes -> the words (4w, 4w + 1) in `first`, (4w + 2, 4w + 3) in `second`.
-QUANTLIB_INLINE void load_byte_plane(const uint8_t* from, Words& first, Words& second) {
-    const Words a = load_words(from), b = load_words(from + 64);
+template <class Stored>
+QUANTLIB_INLINE void load_byte_plane(const Stored& stored, const uint8_t* from, Words& first, Words& second) {
+    const Words a = stored.load_bytes(from, 0), b = stored.load_bytes(from + 64, 64);
     const Words even = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30, 28, 26, 24, 22, 20,
                                         18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     first = _mm512_permutex2var_epi16(a, even, b);
