@@ -78,7 +78,9 @@ class Spread {
     // Zero behind the stored columns, where `pieces` go on with what belongs to another row.
     template <class Stored>
     QUANTLIB_INLINE Floats operator()(const Stored& stored, const float* pieces, int64_t span) const {
-        return stored.permute_numbers(index_, load(pieces + span * count_));
+        const float* from = pieces + span * count_;
+        // Loads no wider than needed: most of 64 bytes would lie in two cache lines.
+        return stored.permute_numbers(index_, count_ <= 4 ? four_numbers(from) : count_ == 8 ? eight_numbers(from) : load(from));
     }
 
   private:

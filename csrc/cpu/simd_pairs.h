@@ -21,6 +21,9 @@ QUANTLIB_INLINE Words load_words(const void* from) { return _mm512_loadu_si512(f
 QUANTLIB_INLINE void store_words(void* to, Words a) { _mm512_storeu_si512(to, a); }
 QUANTLIB_INLINE Floats dot(Floats sum, Words a, Words b) { return _mm512_dpbf16_ps(sum, __m512bh(a), __m512bh(b)); }
 QUANTLIB_INLINE Floats negative_multiply_add(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }
+// Four and eight numbers, again and again.
+QUANTLIB_INLINE Floats four_numbers(const float* from) { return _mm512_broadcast_f32x4(_mm_loadu_ps(from)); }
+QUANTLIB_INLINE Floats eight_numbers(const float* from) { return _mm512_broadcast_f32x8(_mm256_loadu_ps(from)); }
 QUANTLIB_INLINE Floats permute(Ints index, Floats a) { return _mm512_permutexvar_ps(index, a); }
 
 // `a` where the mask has ones, `b` elsewhere.
