@@ -105,7 +105,7 @@ inline void read_super(const Plan& plan, const uint8_t* codes, const uint8_t* un
     const int64_t unit_bytes = across / plan.super_count * 2;
     codes += block_row * row_bytes, units += block_row * unit_bytes;
     constexpr int64_t MOST = 1024;  // codes read together
-    if (rows > 1 && across % 8 == 0 && across < CHUNK && rows * across <= MOST) {
+    if (rows > 1 && across % 8 == 0 && rows * across <= MOST) {
         uint8_t joined[MOST];
         join_rows(plan.super_bits, codes, across, rows, joined);
         return read_super_row(plan, joined, units, rows * across, to);
