@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -24,6 +22,7 @@ from quantlib.formats.base import Format
 from quantlib.kernels import get_kernel
 from quantlib.nn import QuantLinear, replace_module
 from quantlib.report import LayerReport, PatchReport
+from quantlib.running import return_freed_memory
 from quantlib.selection import DEFAULT_SKIP, Spec, linear_layers, select_formats
 from quantlib.tensor import QuantizedTensor
 
@@ -82,17 +81,9 @@ def patch(
         raise
     if device is not None:
         model.to(device)
-    _return_freed_memory()
+    return_freed_memory()
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     return PatchReport(tuple(rows), skipped, method.name, time.perf_counter() - started, size)
-
-
-def _return_freed_memory() -> None:
-    """glibc keeps freed blocks below 32 MB for itself; after patching, those are most of a model."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 def _plan(model: nn.Module, spec: Spec, skip: Iterable[str]) -> dict[str, Format]:

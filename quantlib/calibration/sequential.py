@@ -16,6 +16,7 @@ from quantlib.calibration.journal import Journal
 from quantlib.calibration.statistics import own_share, stage_statistics
 from quantlib.calibration.walk import check_tokens, walk
 from quantlib.formats.base import Format
+from quantlib.running import return_freed_memory
 from quantlib.tensor import QuantizedTensor
 
 FALLBACK = RTN()
@@ -58,6 +59,7 @@ def quantize_in_sequence(
     left = dict(chosen)
     with closing(walk(model, tokens, list(chosen), batch_size, device)) as segments:
         for segment in segments:
+            return_freed_memory()  # what the segment before kept
             unscaled = []
             if isinstance(method, Scaling):
                 unscaled = fold_segment(model, segment, chosen, method, batches, journal, watch)
