@@ -37,8 +37,7 @@ inline void join_rows(int bits, const uint8_t* from, int64_t columns, int64_t ro
     for (int i = 0; i < 3; ++i) {
         const int width = PLANE_WIDTHS[bits][i];  // bytes of eight codes
         for (int64_t r = 0; r < rows && width != 0; ++r, to += columns * width / 8) {
-            const uint8_t* plane = first.plane[i] + r * row_bytes;
-            memcpy(to, plane, columns * width / 8);
+            memcpy(to, first.plane[i] + r * row_bytes, columns * width / 8);
         }
     }
 }
@@ -52,16 +51,6 @@ struct TailChunk {
     inline Planes planes() const { return {{bytes[0], bytes[1], bytes[2]}}; }
 };
 
-// The same for spans of SPAN columns: codes of a row from span `whole` on, the first that does not lie inside it.
-template <int SPAN>
-inline void copy_tail(const Plan& plan, const Planes& row, int64_t whole, uint8_t (&to)[3][SPAN]) {
-    for (int i = 0; i < 3; ++i) {
-        const int width = PLANE_WIDTHS[plan.bits][i];
-        memset(to[i], 0, SPAN);
-        memcpy(to[i], row.plane[i] + whole * (SPAN * width / 8), (plan.padded_k - whole * SPAN) * width / 8);
-    }
-}
-
 // One weight row, read in spans of SPAN columns: its codes, and a padded copy of the last span where the stored codes end inside it.
 template <int SPAN>
 class SpanRow {
@@ -69,7 +58,11 @@ class SpanRow {
     SpanRow(const Plan& plan, const Parts& parts, int64_t row)
         : whole_(plan.padded_k / SPAN),
           planes_(planes_of(plan.bits, parts.codes + row * (plan.padded_k * plan.bits / 8), plan.padded_k)) {
-        if (whole_ * SPAN < plan.k) copy_tail<SPAN>(plan, planes_, whole_, tail_);
+        for (int i = 0; i < 3 && whole_ * SPAN < plan.k; ++i) {
+            const int width = PLANE_WIDTHS[plan.bits][i];
+            memset(tail_[i], 0, SPAN);
+            memcpy(tail_[i], planes_.plane[i] + whole_ * (SPAN * width / 8), (plan.padded_k - whole_ * SPAN) * width / 8);
+        }
     }
     int64_t whole() const { return whole_; }
     const Planes& planes() const { return planes_; }

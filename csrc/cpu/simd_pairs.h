@@ -89,7 +89,7 @@ struct IntegerBook {
     static_assert(BITS <= 6);
     static constexpr float ZERO = 128.0f;  // the number of code 0
     explicit IntegerBook(const uint16_t*) {}
-    QUANTLIB_INLINE Words look_up(Words codes) const { 
+    QUANTLIB_INLINE Words look_up(Words codes) const {
         return _mm512_ternarylogic_epi32(codes, same_words((1 << BITS) - 1), same_words(0x4300), 0xEA);  // and, or
     }
 };
