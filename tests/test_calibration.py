@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import quantlib
 from quantlib.algorithms import GPTQ
 from quantlib.calibration.recording import _Recorder, find_blocks, record
+from quantlib.calibration.shelf import Shelf
 from quantlib.calibration.walk import walk
 from quantlib.testing import assert_same_bits
 from tests.models import held, llama
@@ -157,6 +158,31 @@ def test_shortcuts_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     quantlib.patch(long, "int4-g32", **options)
     for name, tensor in short.state_dict().items():
         assert_same_bits(long.state_dict()[name], tensor)
+
+
+def test_a_shelf_keeps_batches_in_one_allocation() -> None:
+    shelf = Shelf(3)
+    found = [torch.randn(4, 5), torch.randn(4, 5), torch.randn(2, 5)]
+    for batch, tensor in enumerate(found):
+        shelf[batch] = tensor
+    assert len({shelf[batch].untyped_storage().data_ptr() for batch in range(3)}) == 1
+    place = shelf[1].data_ptr()
+    shelf[1] = found[1] + 1
+    assert shelf[1].data_ptr() == place
+    for batch, tensor in enumerate((found[0], found[1] + 1, found[2])):
+        assert_same_bits(shelf[batch], tensor)
+
+
+@pytest.mark.parametrize("changed", [torch.ones(4, 6), torch.ones(4, 5, dtype=torch.bfloat16)], ids=["shape", "dtype"])
+def test_a_shelf_takes_what_its_room_does_not_fit(changed: Tensor) -> None:
+    shelf = Shelf(2)
+    first, second = torch.randn(4, 5), torch.randn(4, 5)
+    shelf[0], shelf[1] = first, second
+    shelf[0] = changed
+    assert_same_bits(shelf[0], changed)
+    assert_same_bits(shelf[1], second)
+    with pytest.raises(IndexError, match="nothing is kept for batch 1"):
+        Shelf(2)[1]
 
 
 def test_calibrated_layers_answer_better() -> None:

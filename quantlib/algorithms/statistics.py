@@ -42,7 +42,10 @@ class InputStatistics:
         if x.shape[-1] != self.columns:
             raise ShapeError(f"{name}: inputs have {x.shape[-1]} columns, expected {self.columns}")
         x = x.detach().reshape(-1, self.columns).to(torch.float32)
-        squares = x.square().sum(dim=0, dtype=torch.float64)
+        squares, sizes = torch.zeros_like(self.sum_sq), torch.zeros_like(self.sum_abs)
+        for rows in x.split(CACHED if x.device.type == "cpu" else max(len(x), 1)):
+            squares += rows.square().sum(dim=0, dtype=torch.float64)
+            sizes += rows.abs().sum(dim=0, dtype=torch.float64)
         if not bool(torch.isfinite(squares).all()):
             bad = int((~torch.isfinite(x)).sum())
             raise QuantlibError(
@@ -51,7 +54,7 @@ class InputStatistics:
             )
         self.tokens += x.shape[0]
         self.sum_sq += squares
-        self.sum_abs += x.abs().sum(dim=0, dtype=torch.float64)
+        self.sum_abs += sizes
         if self.outer is not None:
             _add_outer(self.outer, x)
 
@@ -100,6 +103,8 @@ class InputStatistics:
         return max(0.0, float(((matrix @ self.outer.to(matrix.device)) * matrix).sum(dtype=torch.float64)))
 
 
+CACHED = 64
+"""Rows whose squares a CPU sums at a time: they stay in its cache, where those of a whole batch would need fresh pages."""
 SQUARE = 512
 """Columns of a block of the outer product: it is symmetric, so blocks below the diagonal are copied."""
 
@@ -108,7 +113,5 @@ def _add_outer(outer: Tensor, x: Tensor) -> None:
     k = outer.shape[0]
     for start in range(0, k, SQUARE):
         stop = min(start + SQUARE, k)
-        block = x[:, start:stop].T @ x[:, start:]
-        outer[start:stop, start:] += block
-        if stop < k:
-            outer[stop:, start:stop] += block[:, stop - start :].T
+        outer[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+        outer[stop:, start:stop] = outer[start:stop, stop:].T

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlib.algorithms.statistics import InputStatistics, Need
+from quantlib.calibration.shelf import Shelf
 from quantlib.calibration.tokens import calibration_tokens
 from quantlib.calibration.walk import Segment, check_tokens, hooked, walk
 from quantlib.checkpoints import native
@@ -117,12 +118,12 @@ def stage_statistics(model: nn.Module, segment: Segment, stage: tuple[str, ...],
     layer = model.get_submodule(stage[0])
     found = _empty(layer, need)
     shortcut = segment.shortcuts.get(stage[0])
-    kept: list[Tensor] = []
+    kept = Shelf(batches, segment.home)
 
     def take(x: Tensor) -> None:
         found.add(x, stage[0])
         if shortcut is not None:
-            kept.append(x if segment.home is None else x.to(segment.home))
+            kept[batch] = x
 
     with hooked(layer, take, stop=True):
         for batch in range(batches):

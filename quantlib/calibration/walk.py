@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quantlib.calibration.recording import HIDDEN, Ending, Recording, find_blocks, hook_before, record
+from quantlib.calibration.shelf import Shelf
 from quantlib.errors import QuantlibError, ShapeError
 from quantlib.running import call, evaluating, vocabulary_of
 
@@ -42,7 +43,7 @@ class Segment:
     module: nn.Module
     stages: list[tuple[str, ...]]
     run: Callable[[int], Any]
-    shortcuts: Mapping[str, Callable[[list[Tensor]], None]] = field(default_factory=dict)
+    shortcuts: Mapping[str, Callable[[Shelf], None]] = field(default_factory=dict)
     home: torch.device | None = None
 
 
@@ -82,7 +83,7 @@ class _Walk:
         first = recorded[len(batches[0])]
         self.stages = {at: [tuple(stage) for stage in found] for at, found in first.stages.items()}
         self.endings = first.endings
-        self.hidden: list[Tensor] = []
+        self.hidden = Shelf(len(batches))
         self.batch = 0  # the one that is being run
 
     def segments(self) -> Iterator[Segment]:
@@ -91,7 +92,8 @@ class _Walk:
             return
         if -1 in self.stages:
             yield Segment("", self.model, self.stages[-1], self._until_first)
-        self.hidden = [self._until_first(batch) for batch in range(len(self.batches))]
+        for batch in range(len(self.batches)):
+            self.hidden[batch] = self._until_first(batch)
         last = max(self.stages)
         for number, (name, block) in enumerate(self.blocks):
             if self.device is not None:
@@ -113,7 +115,7 @@ class _Walk:
         home = None if self.device is None else self.hidden[0].device
         return Segment(name, block, stages, _guarded(partial(self._run, number)), known, home)
 
-    def _shorten(self, layer: str, ending: Ending, shortcuts: ExitStack, inputs: list[Tensor]) -> None:
+    def _shorten(self, layer: str, ending: Ending, shortcuts: ExitStack, inputs: Shelf) -> None:
         module = self.model.get_submodule(ending.module)
 
         def forward(*arguments: Any, **keywords: Any) -> Any:
