@@ -23,7 +23,7 @@ from quantlib.kernels import get_kernel
 from quantlib.nn import QuantLinear, replace_module
 from quantlib.report import LayerReport, PatchReport
 from quantlib.running import return_freed_memory
-from quantlib.selection import DEFAULT_SKIP, Spec, linear_layers, select_formats
+from quantlib.selection import DEFAULT_SKIP, Spec, linear_layers, select_formats, stacked_weights
 from quantlib.tensor import QuantizedTensor
 
 
@@ -40,7 +40,8 @@ def patch(
     journal: str | Path | None = None,
     progress: bool = True,
 ) -> PatchReport:
-    """Quantize a model's linear layers in place.
+    """Quantize a model's linear layers in place. Experts that lie in one parameter [E, N, K] are left as they are and named in
+    the report's `skipped`: `QuantExperts` takes them.
 
     spec         a spec string or Format for all layers, a mix by name ("q4_k_m"), or {pattern: spec}: globs over the full
                  name, "re:..." or a plain layer name; the first match wins, None leaves a layer as it is
@@ -64,7 +65,7 @@ def patch(
     _check_calibration(method, calibration, journal)
     resolved = _resolve_activations(activations)
     _validate(model, chosen, device, kernel, resolved)
-    skipped = tuple(name for name in linear_layers(model) if name not in chosen)
+    skipped = (*(name for name in linear_layers(model) if name not in chosen), *stacked_weights(model))
     training = {name: model.get_submodule(name).training for name in chosen}  # calibration evaluates
     rows: list[LayerReport] = []
     try:

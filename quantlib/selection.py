@@ -25,6 +25,17 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and _replaceable(module)}
 
 
+def stacked_weights(model: nn.Module) -> list[str]:
+    """Names of parameters that hold a stack of matrices [E, N, K], as experts often lie; a convolution's weight is none."""
+    return [
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if not isinstance(module, nn.Conv1d | nn.ConvTranspose1d)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and len(parameter) > 1
+    ]
+
+
 def _replaceable(module: nn.Linear) -> bool:
     """Not so for nn.MultiheadAttention's projection, whose weight is read and whose forward is never called."""
     functional_use = type(module).__name__ == "NonDynamicallyQuantizableLinear"

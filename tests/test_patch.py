@@ -56,6 +56,18 @@ def test_report_says_what_was_done() -> None:
     assert report.to_dict()["bits_per_weight"] == report.bits_per_weight
 
 
+def test_the_report_names_experts_in_one_parameter() -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 4}
+    model = nn.ModuleDict({"lm": Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads)), "convolution": nn.Conv1d(8, 8, 3)})
+    report = quantlib.patch(model, "int4-g32", progress=False)
+    experts = "lm.model.layers.0.mlp.experts"
+    assert report.skipped == ("lm.lm_head", f"{experts}.gate_up_proj", f"{experts}.down_proj")
+    assert f"{experts}.down_proj" in str(report)
+
+
 def test_patterns_first_match_wins_and_none_leaves() -> None:
     model = block()
     quantlib.patch(model, {"up_proj": "nf4", "re:^(up|down)_proj$": "int8", "*shared*": None}, progress=False)
