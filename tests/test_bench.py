@@ -6,47 +6,35 @@ Every figure here is a recording made up for a test. Nothing measures time.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench import gpu, report, run, session
-from bench.ceilings import Ceilings, floor_us, measure
-from bench.clock import DoBenchClock, HostClock, RecordedClock
+from bench import report, run, session
+from bench.ceilings import Ceilings
+from bench.clock import RecordedClock
 from bench.contestants import Contestant, KernelContestant, Prepared, kernel_contestants, taken
 from bench.data import Material, problem_bytes
-from bench.environment import Environment, describe
 from bench.gate import judge
 from bench.guard import DeviceLostError, Failure, attempt
 from bench.peers import Peer, list_peers
 from bench.peers.cublas import TorchBf16
 from bench.peers.marlin import pack_gptq
-from bench.plots import ratios, roofline, write_plots
 from bench.protocol import FULL, MS, PLANS, QUICK, SHAPES, Case, by_weight, cases_of, regime
-from bench.results import FIELDS, Journal, Row, latest, read_rows, to_json
+from bench.results import Journal, Row, read_rows
 from bench.session import DIED, LOST, NOBODY, PRESENCE, Clocks, Session
-from bench.targets import TARGETS, evaluate
+from bench.targets import TARGETS
 from quantlib.formats import get_format
 from quantlib.kernels import list_kernels
-from quantlib.timing import MOST_COPIES, Calls, GraphClock, NoTiming, Timing, WallClock, copies, summary
+from tests.bench_rows import CASE, H100, row
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-H100 = Environment(
-    "NVIDIA H100 80GB HBM3", "sm_90", "580.0", "2.11.0", "3.6.0", "0.1.0", "recording", "2026-01-01T00:00:00+00:00"
-)
-CASE = Case("linear", "nf4", 33, 130, 5)
 
 
 @dataclass(frozen=True)
@@ -99,15 +87,6 @@ def run_session(
     return journal.rows
 
 
-def row(case: Case = CASE, **fields: Any) -> Row:
-    """A synthetic row of a kernel of ours that dispatch takes."""
-    basis: dict[str, Any] = {name: getattr(H100, name) for name in Environment.__dataclass_fields__}
-    basis |= {"contestant": "kernel", "backend": "triton", "version": "0.1.0", "taken": True, "us": 10.0, "copy_gbps": 3000.0}
-    for name in ("operation", "format", "n", "k", "m", "activations"):
-        basis[name] = getattr(case, name)
-    return Row(**basis | fields)
-
-
 # protocol
 
 
@@ -151,135 +130,6 @@ def test_bytes_count_the_packed_weight_and_the_activations_once() -> None:
 
 
 # clocks
-
-
-def test_a_summary_is_the_median_and_the_quartiles() -> None:
-    assert summary([3.0, 1.0, 2.0, 5.0, 4.0], "x") == Timing(3.0, 2.0, 4.0, 5, "x")
-    assert summary([7.0], "x") == Timing(7.0, 7.0, 7.0, 1, "x")
-
-
-def test_a_recorded_clock_plays_back_and_calls_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "recording.json"
-    path.write_text(json.dumps({"case": {"a": [1.0, 2.0, 3.0], "b": "it hung"}}))
-
-    def never() -> None:
-        raise AssertionError("called")
-
-    found = RecordedClock.load(path).time("case", {"a": [never], "b": [never], "c": [never]})
-    assert found["a"] == Timing(2.0, 1.5, 2.5, 3, "recorded")
-    assert found["b"] == NoTiming("it hung")
-    assert found["c"] == NoTiming("not in the recording")
-
-
-def test_a_clock_takes_contestants_in_turns_and_copies_in_rotation() -> None:
-    seen: list[str] = []
-    contestants: dict[str, Calls] = {
-        "a": [lambda: seen.append("a0"), lambda: seen.append("a1")],
-        "b": [lambda: 1 / 0],
-        "c": [lambda: seen.append("c0")],
-    }
-    found = WallClock(repeats=3, sample_us=0.0).time("x", contestants)
-    assert seen == ["a0", "a1", "c0", "c0", "a0", "c0", "a1", "c0"]
-    assert isinstance(found["a"], Timing)
-    assert found["b"] == NoTiming("failed while timed: ZeroDivisionError: division by zero")
-
-
-def test_copies_of_a_weight_exceed_any_cache() -> None:
-    assert copies(9 << 20) * (9 << 20) > 256 << 20
-    assert copies(1 << 30) == 1
-    assert copies(1) == MOST_COPIES
-    assert copies(0) == 1
-
-
-class FakeCuda:
-    """Enough of torch.cuda for the graph clock: what is called during a capture runs again at each replay."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, refuse: bool = False) -> None:
-        self.now, self.refuse, self.replays = 0.0, refuse, 0
-        for name in ("Stream", "CUDAGraph", "Event", "stream", "graph", "current_stream", "synchronize"):
-            monkeypatch.setattr(torch.cuda, name, getattr(self, f"fake_{name.lower()}"))
-
-    def fake_stream(self, stream: Any = None) -> Any:
-        return nullcontext() if stream is not None else SimpleNamespace(wait_stream=lambda other: None)
-
-    def fake_current_stream(self) -> Any:
-        return SimpleNamespace(wait_stream=lambda other: None)
-
-    def fake_synchronize(self, device: Any = None) -> None:
-        pass
-
-    def fake_cudagraph(self) -> Any:
-        return SimpleNamespace(replay=self._replay, cost=0.0)
-
-    def _replay(self) -> None:
-        self.replays += 1
-        self.now += self.captured
-
-    @contextmanager
-    def fake_graph(self, graph: Any) -> Iterator[None]:
-        if self.refuse:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        before = self.now
-        yield
-        self.captured, self.now = self.now - before, before
-
-    def fake_event(self, enable_timing: bool) -> Any:
-        event = SimpleNamespace(synchronize=lambda: None)
-        event.record = lambda: setattr(event, "at", self.now)
-        event.elapsed_time = lambda end: (end.at - event.at) / 1e3
-        return event
-
-    def call(self, us: float, seen: list[int], copy: int) -> Callable[[], None]:
-        def run() -> None:
-            seen.append(copy)
-            self.now += us
-
-        return run
-
-
-@pytest.mark.parametrize("refuse", [False, True])
-def test_the_graph_clock_uses_every_copy_and_counts_calls(monkeypatch: pytest.MonkeyPatch, refuse: bool) -> None:
-    cuda, seen = FakeCuda(monkeypatch, refuse), list[int]()
-    calls = {"few": [cuda.call(3.0, [], 0)], "many": [cuda.call(7.0, seen, copy) for copy in range(33)], "bad": [lambda: 1 / 0]}
-    found = GraphClock(repeats=6).time("case", calls)
-    clock = "events" if refuse else "graph"
-    assert list(found) == ["few", "many", "bad"]
-    assert found["bad"] == NoTiming("failed while timed: ZeroDivisionError: division by zero")
-    assert set(seen) == set(range(33))
-    if refuse:  # the fake's replays know only the last capture
-        assert found["few"] == Timing(pytest.approx(3.0), pytest.approx(3.0), pytest.approx(3.0), 6, clock)
-    many = found["many"]
-    assert isinstance(many, Timing)
-    assert (many.median, many.clock, many.samples) == (pytest.approx(7.0), clock, 6)
-    assert (cuda.replays > 0) != refuse
-
-
-def test_long_calls_are_repeated_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda(monkeypatch)
-    found = GraphClock(repeats=15, limit_us=1e6).time("case", {"slow": [cuda.call(1e4, [], 0)]})["slow"]
-    assert isinstance(found, Timing)
-    assert found.samples == 5
-
-
-def test_do_bench_and_host_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("triton.testing.do_bench", lambda call, **options: [call() + offset for offset in (-1, 0, 1)])
-    found = DoBenchClock().time("case", {"a": [lambda: 5.0], "b": [lambda: 1 / 0]})
-    assert found["a"] == Timing(5e3, 4e3, 6e3, 1, "do_bench")
-    assert isinstance(found["b"], NoTiming)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    host = HostClock(calls=2, repeats=3).time("case", {"a": [lambda: None], "b": [lambda: 1 / 0]})
-    assert isinstance(host["a"], Timing)
-    assert isinstance(host["b"], NoTiming)
-
-
-def test_ceilings_come_from_the_same_clock() -> None:
-    clock = RecordedClock({"ceiling copy": {"torch": [1000.0]}, "ceiling matmul": {"torch": [100.0]}})
-    found = measure(clock, CPU, copy_bytes=1 << 20, side=64)
-    assert found.copy_gbps == pytest.approx((1 << 20) / 1e6)
-    assert found.matmul_tflops == pytest.approx(2 * 64**3 / 1e8)
-    assert measure(RecordedClock({}), CPU, copy_bytes=1 << 10, side=8) == Ceilings(None, None)
-    assert floor_us(3000, 0, gbps=3.0, tflops=1.0) == pytest.approx(1.0)
-    assert floor_us(0, 10**6, gbps=1.0, tflops=1.0) == pytest.approx(1.0)
 
 
 # the gate
@@ -558,230 +408,3 @@ def test_contestants_satisfy_their_protocol() -> None:
     peer: Contestant = TorchBf16()
     assert contestant.why_not(replace(CASE, operation="dgrad"), CPU) == "does linear"
     assert peer.backend == "peer"
-
-
-# rows, targets, tables, pictures
-
-
-def test_a_row_survives_its_line() -> None:
-    full = row(ratios={"marlin": 1.5}, error=1e-3, reason="why", extra_bytes=7)
-    record = json.loads(to_json(full))
-    assert set(record) <= set(FIELDS)
-    assert {"device", "driver", "torch", "triton", "quantlib", "commit", "date", "operation", "n", "k", "m"} <= set(record)
-    assert Row(**record) == full
-    assert "do_bench_us" not in record
-
-
-def test_the_latest_row_of_a_case_counts() -> None:
-    old, new = row(us=5.0), row(us=7.0, date="2026-02-01T00:00:00+00:00")
-    assert latest([new, old, row(replace(CASE, m=1))]) == [new, row(replace(CASE, m=1))]
-
-
-def outcomes(*rows: Row) -> dict[str, tuple[float | None, str]]:
-    return {outcome.target.name: (outcome.ratio, outcome.state) for outcome in evaluate(rows)}
-
-
-def test_targets_are_not_measured_without_rows() -> None:
-    assert set(outcomes().values()) == {(None, "not measured")}
-    wide = Case("linear", "int4-g128", 28672, 4096, 1)
-    on_another_card = row(wide, device="NVIDIA A100", gbps=2900.0)
-    hidden = row(wide, us=None, gbps=None, reason="wrong: relative error 1 exceeds 0.008")
-    not_taken = row(wide, taken=False, gbps=2900.0)
-    for useless in (on_another_card, hidden, not_taken):
-        assert set(outcomes(useless).values()) == {(None, "not measured")}
-
-
-def test_targets_take_the_worst_case() -> None:
-    wide, tall = Case("linear", "int4-g128", 28672, 4096, 1), Case("linear", "nf4", 8192, 28672, 16)
-    name, marlin = "4-bit, M <= 16, wide and tall", "4-bit, M <= 16, against marlin"
-    found = outcomes(row(wide, gbps=2700.0, ratios={"marlin": 1.2}), row(tall, gbps=2250.0, ratios={"marlin": 1.0}))
-    assert found[name] == (pytest.approx(0.75), "met")
-    assert found[marlin] == (1.0, "not met")  # as fast is not faster
-    assert outcomes(row(wide, gbps=2000.0))[name] == (pytest.approx(2 / 3), "not met")
-
-
-def test_the_best_peer_counts_and_a_copy_does_not() -> None:
-    middle = Case("linear", "int4-g128", 8192, 8192, 64)
-    found = outcomes(row(middle, ratios={"marlin": 1.4, "gemlite": 0.9, "torch_bf16": 0.5}))
-    assert found["4-bit, M 64-256, against the best peer"] == (0.9, "not met")
-    name = "4-bit dX, M 512-4096, against decoding first, without a 16-bit copy"
-    backward = Case("dgrad", "nf4", 8192, 8192, 512)
-    copying = row(backward, us=5.0, extra_bytes=2 * 8192 * 8192, ratios={"dequantize_cublas": 2.0})
-    fused = row(backward, us=9.0, extra_bytes=1 << 20, ratios={"dequantize_cublas": 1.1}, taken=False)
-    assert outcomes(copying)[name] == (None, "not measured")
-    assert outcomes(copying, fused)[name] == (1.1, "met")
-
-
-def test_the_report_shows_targets_cases_and_failures() -> None:
-    wide = Case("linear", "int4-g128", 28672, 4096, 1)
-    rows = [
-        row(wide, gbps=2700.0, tflops=5.0, floor_measured=0.9, error=1e-3, ratios={"marlin": 1.2, "gemlite": 1.6}, host_us=4.0),
-        row(wide, contestant="other", us=None, taken=False, reason="wrong: relative error 0.5 exceeds 0.008"),
-        row(PRESENCE, contestant="marlin", us=None, taken=False, version="", reason="absent: gptqmodel is not installed"),
-    ]
-    text = report.document(rows)
-    assert "| 4-bit, M <= 16, wide and tall | H100 | >= 0.70 of copy | 0.90 of copy | met |" in text
-    assert (
-        "| linear | `int4-g128` | 28672 x 4096 | 1 | kernel | 10.0 | 2700 | 5.0 | 90% | 4 | 1.0e-03 | marlin | 1.20 |" in text
-    )
-    assert "| linear | `int4-g128` | decode | 1 | 90% | 1.20 |" in text
-    assert "- marlin: absent: gptqmodel is not installed" in text
-    assert "- other, linear int4-g128 28672x4096 M=1: wrong: relative error 0.5 exceeds 0.008" in text
-    assert "commit recording" in text
-    empty = report.document([])
-    assert empty.count("not measured") == len(TARGETS)
-    assert "No run on a GPU has been recorded." in empty
-
-
-def test_the_readme_block_is_replaced_between_its_markers() -> None:
-    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    assert report.updated(text, "new") == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
-    with pytest.raises(ValueError, match="needs one"):
-        report.updated("no markers", "new")
-
-
-def test_the_readme_shows_what_the_committed_rows_say() -> None:
-    rows = latest(read_rows(sorted(report.RESULTS.glob("*.jsonl"))))
-    readme = (ROOT / "README.md").read_text()
-    assert report.updated(readme, report.readme_block(rows)) == readme, "run python -m bench.report --update"
-
-
-def test_pictures_are_written_and_repeat_byte_for_byte(tmp_path: Path) -> None:
-    rows = [
-        row(Case(operation, "nf4", 8192, 8192, m), tflops=10.0 * m, matmul_tflops=800.0, ratios={"torch_bf16": 0.5 + m / 20})
-        for operation in ("linear", "dgrad")
-        for m in (1, 16, 64)
-    ]
-    paths = write_plots(rows, tmp_path)
-    assert [path.name for path in paths] == ["roofline.png", "ratios.png"]
-    first = [path.read_bytes() for path in paths]
-    assert [path.read_bytes() for path in write_plots(rows, tmp_path)] == first
-    assert all(picture.startswith(b"\x89PNG") for picture in first)
-    assert write_plots([], tmp_path / "empty") == []
-    assert roofline([]) is None
-    assert ratios([row()]) is None
-
-
-# one command on a GPU
-
-
-class FakeRunner:
-    """Pretends that commands run: each takes the seconds its name says, at most its limit."""
-
-    def __init__(self, seconds: Mapping[str, float], codes: Mapping[str, list[int]] | None = None) -> None:
-        self.seconds, self.codes = seconds, dict(codes or {})
-        self.time, self.log = 0.0, list[tuple[str, float]]()
-
-    def now(self) -> float:
-        return self.time
-
-    def run(self, command: list[str], limit_s: float) -> gpu.Finished:
-        name = next(word for word in ("pytest", "memcheck", "racecheck", "bench.run", "bench.report") if word in command)
-        self.log.append((name, limit_s))
-        took = min(self.seconds.get(name, 1.0), limit_s)
-        self.time += took
-        if took < self.seconds.get(name, 1.0):
-            return gpu.Finished(None, took)
-        codes = self.codes.get(name, [])
-        return gpu.Finished(codes.pop(0) if codes else 0, took)
-
-
-def steps(sanitizer: str | None = "/bin/compute-sanitizer") -> list[gpu.Step]:
-    return gpu.plan("python3", Path("rows.jsonl"), Path("reports"), sanitizer)
-
-
-def test_the_gpu_run_has_its_order_and_fits_ten_minutes() -> None:
-    runner = FakeRunner({"pytest": 60.0, "memcheck": 50.0, "bench.run": 200.0, "racecheck": 40.0})
-    results = gpu.execute(steps(), runner, gpu.MINUTES * 60)
-    assert [result.name for result in results] == ["tests", "memcheck", "bench", "report", "racecheck"]
-    assert {result.state for result in results} == {"passed"}
-    slow = FakeRunner(dict.fromkeys(("pytest", "memcheck", "bench.run", "bench.report", "racecheck"), 1e9))
-    results = gpu.execute(steps(), slow, gpu.MINUTES * 60)
-    assert slow.time <= gpu.MINUTES * 60 < 600
-    assert [result.state for result in results][:4] == ["timed out"] * 4
-    assert dict(slow.log)["bench.run"] >= 240
-
-
-def test_the_steps_speak_the_commands_languages() -> None:
-    commands = {step.name: step.command(100.0) for step in steps()}
-    options = run._parser().parse_args(commands["bench"][3:])
-    assert (options.plan, options.time_budget) == ("quick", 85.0)
-    assert commands["memcheck"][:2] == ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
-    assert commands["memcheck"][2:7] == ["/bin/compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
-    assert commands["memcheck"][7:] == ["python3", "-m", "bench.sanitize", "--seconds", "85"]
-    assert "rows.jsonl" in commands["report"]
-
-
-def test_a_step_that_fails_does_not_stop_the_next() -> None:
-    results = gpu.execute(steps(None), FakeRunner({}, {"pytest": [1]}), 570)
-    assert [result.state for result in results] == ["failed", "absent", "passed", "passed", "absent"]
-    assert "not on the PATH" in results[1].details
-
-
-def test_the_bench_starts_again_after_a_lost_device_or_a_crash() -> None:
-    runner = FakeRunner({"bench.run": 30.0}, {"bench.run": [gpu.DEVICE_LOST, -11, 0]})
-    bench = gpu.execute(steps(), runner, 570)[2]
-    assert (bench.state, bench.details) == ("passed", "3 starts")
-    limits = [limit for name, limit in runner.log if name == "bench.run"]
-    assert limits == sorted(limits, reverse=True)
-    runner = FakeRunner({"bench.run": 30.0}, {"bench.run": [gpu.DEVICE_LOST] * 9})
-    assert gpu.execute(steps(), runner, 570)[2].state == "failed"
-    assert gpu.DEVICE_LOST == run.DEVICE_LOST
-
-
-def test_steps_without_enough_time_are_left_out() -> None:
-    results = gpu.execute(steps(), FakeRunner({}), 60)
-    assert results[0].state == "left out"
-    assert results[0].details
-
-
-def test_the_subprocess_runner_ends_what_it_started(tmp_path: Path) -> None:
-    runner = gpu.SubprocessRunner(tmp_path / "log")
-    done = runner.run([sys.executable, "-c", "print('hello'); raise SystemExit(4)"], 60)
-    assert done.code == 4
-    assert "hello" in (tmp_path / "log").read_text()
-    assert runner.run([sys.executable, "-c", "import time; time.sleep(60)"], 0.2).code is None
-
-
-def test_without_a_gpu_nothing_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("OUT", str(tmp_path / "out"))
-    assert gpu.main([]) == 2
-    assert not (tmp_path / "out").exists()
-
-
-def test_gpu_tests_are_named_by_file() -> None:
-    files = gpu.gpu_test_files()
-    assert files
-    assert "tests/test_bench.py" not in files
-    for name in files:
-        assert "@pytest.mark." + "gpu" in (ROOT / name).read_text()
-
-
-def test_the_source_tree_runs_uninstalled(tmp_path: Path) -> None:
-    """A copy of the tree, nothing of it installed: Triton's kernels and tuned tables are found, launches run."""
-    for name in ("quantlib", "triton_kernels", "bench", "pyproject.toml"):
-        source = ROOT / name
-        ignore = shutil.ignore_patterns("*.so", "__pycache__", "_build.json", "results")
-        shutil.copytree(source, tmp_path / name, ignore=ignore) if source.is_dir() else shutil.copy(source, tmp_path / name)
-    # -S leaves out site-packages' .pth files, and with them an editable installation; the packages stay reachable by path.
-    packages = os.pathsep.join(entry for entry in sys.path if entry.endswith("site-packages"))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), packages]), "TRITON_INTERPRET": "1"}
-    code = (
-        "import sys; sys.argv = ['sanitize', '--formats', 'nf4', '--seconds', '2']; import bench.sanitize, quantlib;"
-        f"assert quantlib.__file__.startswith({str(tmp_path)!r}), quantlib.__file__;"
-        "from quantlib.kernels.triton_launch import import_failure; assert import_failure() is None, import_failure();"
-        "import quantlib.tuned; raise SystemExit(bench.sanitize.main())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " 0 wrong" in done.stdout
-
-
-def test_an_environment_names_its_versions() -> None:
-    found = describe(CPU)
-    assert found.torch == torch.__version__
-    assert found.commit
-    assert found.arch
