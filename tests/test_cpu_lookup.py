@@ -159,11 +159,13 @@ def test_one_kernel_serves_every_batch_where_batches_must_not_matter(isa: str) -
             assert chosen == {"cpu_lookup_tile" if isa == "avx2" else "cpu_linear"}
 
 
-def test_dispatch_takes_dots_for_few_rows_and_tiles_for_more(isa: str) -> None:
+def test_dispatch_takes_dots_for_few_rows_tiles_for_more_and_torch_for_many(isa: str) -> None:
     weight = quantized("int4-g128", 1024, 1024)
     for dtype in cases.DTYPES:
         assert select(problem_of("linear", 1, weight, dtype)).name == "cpu_lookup_dot"
         assert select(problem_of("linear", 16, weight, dtype)).name == "cpu_lookup_tile"
+    for m, name in ((256, "cpu_lookup_tile"), (2048, "cpu_decode_matmul")):
+        assert select(problem_of("linear", m, weight, torch.float32)).name == name
 
 
 def test_the_scalar_set_refuses_in_words() -> None:

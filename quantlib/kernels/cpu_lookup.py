@@ -35,7 +35,7 @@ class LookupKernel(Kernel):
         why = refusal(problem)
         if why is not None:
             return why
-        if not cpu.native().has_lookup():
+        if not cpu.has_lookup():
             return f"looks up bytes by AVX2, where no products of bf16 pairs are faster; {cpu.isa()} runs here"
         fmt = problem.format
         if fmt.codec.bits not in CODE_BITS:
