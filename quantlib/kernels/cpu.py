@@ -290,7 +290,8 @@ def predicted_decode_matmul(problem: Problem, kernel: str) -> float:
     if product_dtype(problem.dtype) is torch.float32:
         # Beside cpu_lookup_tile on two cores of Zen 3: 65 GFLOP/s with 64 rows, 103 with 256, 140 with 2048.
         if has_lookup():
-            return predicted(problem, kernel, decode_rate=12.0, peak_share=1.85 * problem.m / (problem.m + 100))
+            rows = max(1, problem.m)
+            return predicted(problem, kernel, decode_rate=12.0, peak_share=1.85 * rows / (rows + 100))
         return predicted(problem, kernel, decode_rate=12.0, peak_share=1.0)
     if has_tiles() and problem.dtype is torch.bfloat16:  # torch multiplies in them too
         return predicted(problem, kernel, decode_rate=2.0, peak_share=8.0)
