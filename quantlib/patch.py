@@ -40,8 +40,7 @@ def patch(
     journal: str | Path | None = None,
     progress: bool = True,
 ) -> PatchReport:
-    """Quantize a model's linear layers in place. Experts that lie in one parameter [E, N, K] are left as they are and named in
-    the report's `skipped`: `QuantExperts` takes them.
+    """Quantize a model's linear layers in place.
 
     spec         a spec string or Format for all layers, a mix by name ("q4_k_m"), or {pattern: spec}: globs over the full
                  name, "re:..." or a plain layer name; the first match wins, None leaves a layer as it is
@@ -54,6 +53,9 @@ def patch(
     kernel       force one kernel for every layer
     journal      with calibration tokens: a directory that keeps each layer as it is done; the same call on the same model goes
                  on where an earlier one was killed, and ends with the same bits
+
+    Experts that lie in one parameter [E, N, K] are left as they are and named in the report's `skipped`: `QuantExperts` takes
+    them.
 
     Peak memory is the model and about one layer. Everything that can be known beforehand (names, formats, values, kernel) is
     checked before the first layer is touched. Raises QuantlibError; FormatError and ShapeError name the layer. An interrupt in

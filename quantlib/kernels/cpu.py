@@ -289,10 +289,9 @@ def predicted_decode_matmul(problem: Problem, kernel: str) -> float:
     """Microseconds of decoding in blocks and multiplying in torch. Its 16-bit products are fast, but start slowly."""
     if product_dtype(problem.dtype) is torch.float32:
         # Beside cpu_lookup_tile on two cores of Zen 3: 65 GFLOP/s with 64 rows, 103 with 256, 140 with 2048.
-        if has_lookup():
-            rows = max(1, problem.m)
-            return predicted(problem, kernel, decode_rate=12.0, peak_share=1.85 * rows / (rows + 100))
-        return predicted(problem, kernel, decode_rate=12.0, peak_share=1.0)
+        rows = max(1, problem.m)
+        share = 1.85 * rows / (rows + 100) if has_lookup() else 1.0
+        return predicted(problem, kernel, decode_rate=12.0, peak_share=share)
     if has_tiles() and problem.dtype is torch.bfloat16:  # torch multiplies in them too
         return predicted(problem, kernel, decode_rate=2.0, peak_share=8.0)
     return predicted(problem, kernel, decode_rate=5.7, peak_share=1.95)
