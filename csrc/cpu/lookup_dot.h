@@ -147,24 +147,26 @@ struct LookupDot {
     const int64_t spans;
 
     template <Shift SHIFT, class Codes, class SpanLanes>
-    inline void two_rows(const Codes& codes, const SpanLanes& lanes, int64_t first, int64_t second,
+    inline void two_rows(const Codes& codes, const SpanLanes& lanes, const int64_t (&which)[DOT_ROWS],
                          const RowNumbers (&numbers)[DOT_ROWS], float* values) const {
         const Plan& plan = *call.plan;
-        const LookupRow rows[DOT_ROWS] = {{plan, call.parts, first}, {plan, call.parts, second}};
+        const LookupRow rows[DOT_ROWS] = {{plan, call.parts, which[0]}, {plan, call.parts, which[1]}};
         for (int64_t m = 0; m < call.m; ++m) {
             dot_rows<SHIFT>(codes, lanes, rows, numbers, x.from_row(m), spans, values + m * DOT_ROWS * WRITE_ROWS);
         }
     }
 
     template <Shift SHIFT, class Codes, class SpanLanes>
-    void rows(const Codes& codes, const SpanLanes& lanes, int64_t start, int64_t stop, const DotMemory& memory) const {
+    void rows(const Codes& codes, const SpanLanes& lanes, int64_t start, int64_t stop,
+              const DotMemory<DOT_ROWS>& memory) const {
         const auto expand = [&](int64_t row, int64_t rows, const RowNumbers& numbers) {
             expand_lookup(*call.plan, call.parts, row, rows, memory.run, codes.unit, numbers);
         };
-        multiply_row_pairs(call, start, stop, memory, expand,
-                           [&](int64_t first, int64_t second, const RowNumbers(&numbers)[DOT_ROWS], float* values) {
-                               two_rows<SHIFT>(codes, lanes, first, second, numbers, values);
-                           });
+        multiply_streams<DOT_ROWS>(
+            call, start, stop, memory, expand,
+            [&](const int64_t(&which)[DOT_ROWS], const RowNumbers(&numbers)[DOT_ROWS], float* values) {
+                two_rows<SHIFT>(codes, lanes, which, numbers, values);
+            });
     }
 };
 
@@ -195,7 +197,7 @@ inline bool multiply_dots(const Joined<LinearCall>& joined) {
     if (first.m == 0 || rows == 0) return true;
     const int threads = useful_threads(rows * spans * SPAN * first.m, first.threads);
     const Run run(plan, spans * SPAN);
-    const int64_t thread_floats = DotMemory::size(first, run);
+    const int64_t thread_floats = DotMemory<DOT_ROWS>::size(first, run);
     const Scratch numbers(first.m * x_stride_of(spans)), sums(first.m * spans * 3 * LANES), scratch(threads * thread_floats);
     if (numbers.floats == nullptr || sums.floats == nullptr || scratch.floats == nullptr) return false;
 
@@ -203,7 +205,7 @@ inline bool multiply_dots(const Joined<LinearCall>& joined) {
         const LookupX x = arrange_x(first, codes, lanes, spans, numbers.floats, sums.floats);
 #pragma omp parallel for schedule(static) num_threads(threads)
         for (int part = 0; part < threads; ++part) {
-            const DotMemory memory(first, run, scratch.floats + part * thread_floats);
+            const DotMemory<DOT_ROWS> memory(first, run, scratch.floats + part * thread_floats);
             for_rows(joined, part, threads, [&](const LinearCall& call, int64_t start, int64_t stop) {
                 const LookupDot work{call, x, spans};
                 work.template rows<decltype(shifted)::shift>(codes, lanes, start, stop, memory);

@@ -14,7 +14,7 @@ constexpr int TURNS = SPAN / WORDS;
 
 inline int64_t spans_of(int64_t columns) { return (columns + SPAN - 1) / SPAN; }
 
-// Codes of one or two planes that are not bytes: entries of a code book in registers. Memory is asked for `ahead` bytes ahead.
+// Codes of one or two planes that are not bytes: entries of a code book in registers.
 template <int BITS, class Book = WordBook<BITS>>
 struct BookCodes {
     static constexpr int FIRST = PLANE_WIDTHS[BITS][0], SECOND = PLANE_WIDTHS[BITS][1];
@@ -22,31 +22,40 @@ struct BookCodes {
     const Book book;
     explicit BookCodes(const Plan& plan) : book(plan.pairs) {}
 
-    template <int TURN>
-    QUANTLIB_INLINE Words turn(Words first, Words second) const {
-        Words codes = shift_words<-FIRST * TURN>(first);
-        if constexpr (SECOND != 0) {
-            codes = choose(same_words((1 << FIRST) - 1), codes, shift_words<FIRST - SECOND * TURN>(second));
-        }
-        return book.look_up(codes);
-    }
+    static constexpr int STAGES = TURNS;  // steps in which a span's words come out, in order
+    struct Raw {
+        Words first, second;
+    };
 
     template <class Stored>
-    QUANTLIB_INLINE void numbers(const Stored& stored, const Planes& planes, int64_t span, Words* out,
-                                 int64_t ahead = FETCH_AHEAD) const {
+    QUANTLIB_INLINE Raw raw(const Stored& stored, const Planes& planes, int64_t span, int64_t ahead = FETCH_AHEAD) const {
         const uint8_t* low = planes.plane[0] + span * (SPAN * FIRST / 8);
         fetch(low + ahead);
-        const Words first = load_plane<FIRST>(stored, low);
-        Words second = first;
+        Raw codes;
+        codes.first = codes.second = load_plane<FIRST>(stored, low);
         if constexpr (SECOND != 0) {
             const uint8_t* high = planes.plane[1] + span * (SPAN * SECOND / 8);
             fetch(high + ahead);
-            second = load_plane<SECOND>(stored, high);
+            codes.second = load_plane<SECOND>(stored, high);
         }
-        out[0] = turn<0>(first, second);
-        out[1] = turn<1>(first, second);
-        out[2] = turn<2>(first, second);
-        out[3] = turn<3>(first, second);
+        return codes;
+    }
+    template <int STAGE>
+    QUANTLIB_INLINE void stage(const Raw& raw, Words* out) const {
+        Words codes = shift_words<-FIRST * STAGE>(raw.first);
+        if constexpr (SECOND != 0) {
+            codes = choose(same_words((1 << FIRST) - 1), codes, shift_words<FIRST - SECOND * STAGE>(raw.second));
+        }
+        out[0] = book.look_up(codes);
+    }
+    template <class Stored>
+    QUANTLIB_INLINE void numbers(const Stored& stored, const Planes& planes, int64_t span, Words* out,
+                                 int64_t ahead = FETCH_AHEAD) const {
+        const Raw codes = raw(stored, planes, span, ahead);
+        stage<0>(codes, out);
+        stage<1>(codes, out + 1);
+        stage<2>(codes, out + 2);
+        stage<3>(codes, out + 3);
     }
 };
 
@@ -54,16 +63,30 @@ struct ByteCodes {
     const ByteBook book;
     explicit ByteCodes(const Plan& plan) : book(plan.pairs) {}
 
+    static constexpr int STAGES = 2;
+    struct Raw {
+        Words half[STAGES];
+    };
+
     template <class Stored>
-    QUANTLIB_INLINE void numbers(const Stored& stored, const Planes& planes, int64_t span, Words* out,
-                                 int64_t ahead = FETCH_AHEAD) const {
+    QUANTLIB_INLINE Raw raw(const Stored& stored, const Planes& planes, int64_t span, int64_t ahead = FETCH_AHEAD) const {
         const uint8_t* bytes = planes.plane[0] + span * SPAN;
         fetch(bytes + ahead);
         fetch(bytes + ahead + 64);
-        Words first, second;
-        load_byte_plane(stored, bytes, first, second);
-        book.look_up(first, out[0], out[1]);
-        book.look_up(second, out[2], out[3]);
+        Raw codes;
+        load_byte_plane(stored, bytes, codes.half[0], codes.half[1]);
+        return codes;
+    }
+    template <int STAGE>
+    QUANTLIB_INLINE void stage(const Raw& raw, Words* out) const {
+        book.look_up(raw.half[STAGE], out[0], out[1]);
+    }
+    template <class Stored>
+    QUANTLIB_INLINE void numbers(const Stored& stored, const Planes& planes, int64_t span, Words* out,
+                                 int64_t ahead = FETCH_AHEAD) const {
+        const Raw codes = raw(stored, planes, span, ahead);
+        stage<0>(codes, out);
+        stage<1>(codes, out + 2);
     }
 };
 

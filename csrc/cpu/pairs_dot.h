@@ -96,10 +96,10 @@ struct PairsDot {
 
     // Two rows of W with every row of x, as many at a time as registers hold.
     template <Shift SHIFT, int PLANES, class Codes>
-    inline void two_rows(const Codes& codes, int64_t first, int64_t second, const RowNumbers (&numbers)[DOT_ROWS],
+    inline void two_rows(const Codes& codes, const int64_t (&which)[DOT_ROWS], const RowNumbers (&numbers)[DOT_ROWS],
                          float* values) const {
         const Plan& plan = *call.plan;
-        const PairsRow rows[DOT_ROWS] = {{plan, call.parts, first}, {plan, call.parts, second}};
+        const PairsRow rows[DOT_ROWS] = {{plan, call.parts, which[0]}, {plan, call.parts, which[1]}};
         int64_t m = 0;
         if constexpr (PLANES == 1) {
             some_xs<SHIFT, 4, PLANES>(codes, rows, numbers, m, values);
@@ -109,19 +109,20 @@ struct PairsDot {
     }
 
     template <int PLANES>
-    void rows_of_planes(int64_t start, int64_t stop, const DotMemory& memory) const {
+    void rows_of_planes(int64_t start, int64_t stop, const DotMemory<DOT_ROWS>& memory) const {
         with_decoder(*call.plan, [&](const auto& codes, auto shifted) {
             const auto expand = [&](int64_t row, int64_t rows, const RowNumbers& numbers) {
                 expand_run(*call.plan, call.parts, row, rows, memory.run, numbers);
             };
-            multiply_row_pairs(call, start, stop, memory, expand,
-                               [&](int64_t first, int64_t second, const RowNumbers(&numbers)[DOT_ROWS], float* values) {
-                                   this->template two_rows<decltype(shifted)::shift, PLANES>(codes, first, second, numbers, values);
-                               });
+            multiply_streams<DOT_ROWS>(
+                call, start, stop, memory, expand,
+                [&](const int64_t(&which)[DOT_ROWS], const RowNumbers(&numbers)[DOT_ROWS], float* values) {
+                    this->template two_rows<decltype(shifted)::shift, PLANES>(codes, which, numbers, values);
+                });
         });
     }
 
-    void rows(int64_t start, int64_t stop, const DotMemory& memory) const {
+    void rows(int64_t start, int64_t stop, const DotMemory<DOT_ROWS>& memory) const {
         switch (planes_in(call.dtype)) {
             case 1: return rows_of_planes<1>(start, stop, memory);
             case 2: return rows_of_planes<2>(start, stop, memory);
@@ -141,7 +142,7 @@ inline bool pairs_dot(const Joined<LinearCall>& joined) {
     const Run run(plan, least(plan.padded_k, spans * SPAN));
     const bool shifted = shift_of(plan) != Shift::none;
     const int64_t sums_stride = shifted ? spans * LANES : 0;
-    const int64_t thread_floats = DotMemory::size(first, run);
+    const int64_t thread_floats = DotMemory<DOT_ROWS>::size(first, run);
     const Scratch words(first.m * row_words / 2), sums(first.m * sums_stride), scratch(threads * thread_floats);
     if (words.floats == nullptr || sums.floats == nullptr || scratch.floats == nullptr) return false;
 
@@ -153,7 +154,7 @@ inline bool pairs_dot(const Joined<LinearCall>& joined) {
     const PairsX x = {arranged, row_words, spans * SPAN, sums.floats, sums_stride};
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int part = 0; part < threads; ++part) {
-        const DotMemory memory(first, run, scratch.floats + part * thread_floats);
+        const DotMemory<DOT_ROWS> memory(first, run, scratch.floats + part * thread_floats);
         for_rows(joined, part, threads, [&](const LinearCall& call, int64_t start, int64_t stop) {
             const PairsDot work{call, x, spans};
             work.rows(start, stop, memory);

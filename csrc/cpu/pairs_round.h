@@ -15,19 +15,33 @@ class LawDecoder {
   public:
     explicit LawDecoder(const Plan& plan) : codes_(plan), spread_(plan) {}
 
-    // The weights of one span of a row; `planes` count spans from `span - index`.
+    static constexpr int STAGES = Codes::STAGES;  // steps in which a span's weights come out, in order
+    static constexpr int WIDTH = TURNS / STAGES;  // vectors of a step
+    static constexpr int ROWS = WIDTH == 1 ? 3 : 2, XS = 8;  // of pairs_skinny.h
+    struct State {
+        typename Codes::Raw codes;
+        Floats scale, shift;
+    };
+
+    // What the weights of one span of a row are made of; `planes` count spans from `span - index`.
     template <class Stored>
-    QUANTLIB_INLINE void span(const Stored& stored, const Planes& planes, const RowNumbers& numbers, int64_t span, int64_t index,
-                              Words* out) const {
-        codes_.numbers(stored, planes, index, out);
-        const Floats scale = spread_(stored, numbers.scale, span);
-        Floats shift = zero();
-        if constexpr (SHIFT == Shift::zero) shift = spread_(stored, numbers.zero, span);
-        if constexpr (SHIFT == Shift::minimum) shift = spread_(stored, numbers.minimum, span);
-        for (int turn = 0; turn < TURNS; ++turn) {
-            const Floats even = scaled<SHIFT>(low_floats(out[turn]), scale, shift);
-            const Floats odd = scaled<SHIFT>(high_floats(out[turn]), scale, shift);
-            out[turn] = round_words(even, odd);
+    QUANTLIB_INLINE State begin(const Stored& stored, const Planes& planes, const RowNumbers& numbers, int64_t span,
+                                int64_t index, int64_t ahead = FETCH_AHEAD) const {
+        State state;
+        state.codes = codes_.raw(stored, planes, index, ahead);
+        state.scale = spread_(stored, numbers.scale, span);
+        state.shift = zero();
+        if constexpr (SHIFT == Shift::zero) state.shift = spread_(stored, numbers.zero, span);
+        if constexpr (SHIFT == Shift::minimum) state.shift = spread_(stored, numbers.minimum, span);
+        return state;
+    }
+    template <int STAGE, class Stored>
+    QUANTLIB_INLINE void stage(const Stored&, const State& state, Words* out) const {
+        codes_.template stage<STAGE>(state.codes, out);
+        for (int v = 0; v < WIDTH; ++v) {
+            const Floats even = scaled<SHIFT>(low_floats(out[v]), state.scale, state.shift);
+            const Floats odd = scaled<SHIFT>(high_floats(out[v]), state.scale, state.shift);
+            out[v] = round_words(even, odd);
         }
     }
 
@@ -50,6 +64,9 @@ constexpr bool books_fit(int bits, int groups) { return bits <= 6 && (groups << 
 template <Shift SHIFT, int BITS, int GROUPS>
 class BookDecoder {
     static_assert(books_fit(BITS, GROUPS));
+    using Codes = BookCodes<BITS, NoBook<BITS>>;
+    static constexpr int CODES = 1 << BITS;
+    static constexpr int BOOKS = CODES * GROUPS > WORDS ? 2 : 1;
 
   public:
     explicit BookDecoder(const Plan& plan) : codes_(plan) {
@@ -65,27 +82,34 @@ class BookDecoder {
     }
 
     // As LawDecoder's, in the codes' order.
-    template <class Stored>
-    QUANTLIB_INLINE void span(const Stored& stored, const Planes& planes, const RowNumbers& numbers, int64_t span, int64_t index,
-                              Words* out) const {
+    static constexpr int STAGES = TURNS, WIDTH = 1, ROWS = BOOKS == 1 ? 4 : 3, XS = BOOKS == 1 ? 4 : 8;
+    struct State {
+        typename Codes::Raw codes;
         Words books[BOOKS];
-        codes_.numbers(stored, planes, index, out);
+    };
+
+    template <class Stored>
+    QUANTLIB_INLINE State begin(const Stored& stored, const Planes& planes, const RowNumbers& numbers, int64_t span,
+                                int64_t index, int64_t ahead = FETCH_AHEAD) const {
+        State state;
+        state.codes = codes_.raw(stored, planes, index, ahead);
         for (int i = 0; i < BOOKS; ++i) {
             const Floats low = entries(numbers, span, 2 * i);
-            books[i] = round_words(low, CODES * GROUPS == LANES ? low : entries(numbers, span, 2 * i + 1));
+            state.books[i] = round_words(low, CODES * GROUPS == LANES ? low : entries(numbers, span, 2 * i + 1));
         }
-        for (int turn = 0; turn < TURNS; ++turn) {
-            if constexpr (GROUPS > 1) out[turn] = choose(same_words(CODES - 1), out[turn], groups_);
-            if constexpr (BOOKS == 1) out[turn] = _mm512_permutexvar_epi16(out[turn], books[0]);
-            if constexpr (BOOKS == 2) out[turn] = _mm512_permutex2var_epi16(books[0], out[turn], books[1]);
-            out[turn] = stored.keep_words(out[turn]);
-        }
+        return state;
+    }
+    template <int STAGE, class Stored>
+    QUANTLIB_INLINE void stage(const Stored& stored, const State& state, Words* out) const {
+        codes_.template stage<STAGE>(state.codes, out);
+        if constexpr (GROUPS > 1) *out = choose(same_words(CODES - 1), *out, groups_);
+        if constexpr (BOOKS == 1) *out = _mm512_permutexvar_epi16(*out, state.books[0]);
+        if constexpr (BOOKS == 2) *out = _mm512_permutex2var_epi16(state.books[0], *out, state.books[1]);
+        *out = stored.keep_words(*out);
     }
 
   private:
-    static constexpr int CODES = 1 << BITS;
-    static constexpr int BOOKS = CODES * GROUPS > WORDS ? 2 : 1;
-    const BookCodes<BITS, NoBook<BITS>> codes_;
+    const Codes codes_;
     Floats values_[2 * BOOKS];
     Ints index_[2 * BOOKS];  // of the block of each entry
     Words groups_;           // of the block of each word, above a code
@@ -145,16 +169,26 @@ inline void with_rounding_decoder(const Plan& plan, With with) {
     }
 }
 
+// Stages STAGE and following of a span.
+template <int STAGE = 0, class Decoder, class Stored>
+QUANTLIB_INLINE void decode_stages(const Decoder& decoder, const Stored& stored, const typename Decoder::State& state, Words* out) {
+    decoder.template stage<STAGE>(stored, state, out + STAGE * Decoder::WIDTH);
+    if constexpr (STAGE + 1 < Decoder::STAGES) decode_stages<STAGE + 1>(decoder, stored, state, out);
+}
+
 // Spans start ... stop of one row; `planes` count spans from `start`.
 template <class Decoder, class Stored>
 QUANTLIB_INLINE void decode_spans(const Decoder& decoder, const Stored& stored, const Planes& planes, const RowNumbers& numbers,
-                                  int64_t start, int64_t stop, uint16_t* to) {
+                                  int64_t start, int64_t stop, uint16_t* to, int64_t ahead) {
     for (int64_t span = start; span < stop; ++span, to += SPAN) {
         Words w[TURNS];
-        decoder.span(stored, planes, numbers, span, span - start, w);
+        decode_stages(decoder, stored, decoder.begin(stored, planes, numbers, span, span - start, ahead), w);
         for (int turn = 0; turn < TURNS; ++turn) store_words(to + turn * WORDS, w[turn]);
     }
 }
+
+// Blocks of W are decoded row by row, some 50 ns each: the next rows' parts of a block are asked for in time.
+constexpr int ROWS_AHEAD = 8;
 
 // The same of a row of W, beyond whose stored codes spans may reach; `numbers` are the row's.
 template <class Decoder>
@@ -163,10 +197,11 @@ inline void decode_columns(const Decoder& kept, const LinearCall& call, int64_t 
     const Decoder decoder = kept;  // a local copy stays in registers
     const Plan& plan = *call.plan;
     const PairsRow packed(plan, call.parts, row);
+    const int64_t ahead = ROWS_AHEAD * (plan.padded_k * plan.bits / 8);
     const int64_t inside = most(start, least(stop, packed.whole()));
-    decode_spans(decoder, WholeSpan(), packed.planes(start), numbers, start, inside, to);
+    decode_spans(decoder, WholeSpan(), packed.planes(start), numbers, start, inside, to, ahead);
     if (inside < stop) {
-        decode_spans(decoder, packed.part(), packed.tail(), numbers, inside, stop, to + (inside - start) * SPAN);
+        decode_spans(decoder, packed.part(), packed.tail(), numbers, inside, stop, to + (inside - start) * SPAN, ahead);
     }
 }
 

@@ -87,7 +87,7 @@ struct Scratch {
 // Bytes between what is decoded and what is asked for: what arrives meanwhile must not be waited for.
 constexpr int64_t FETCH_AHEAD = 2048;
 
-// Kernels at the speed of memory multiply rows of W in pairs (DOT_ROWS), and write WRITE_ROWS of each half together.
+// Kernels at the speed of memory multiply DOT_ROWS rows of W at once, or more, and write WRITE_ROWS neighbours together.
 constexpr int DOT_ROWS = 2, WRITE_ROWS = 16;
 
 // Products of `rows` rows of W with rows first ... last of x, which lie `stride` apart, and the bias -> y.
@@ -105,62 +105,71 @@ inline void write_products(const LinearCall& call, int64_t row, int64_t rows, fl
     write_products(call, 0, call.m, row, rows, values, stride);
 }
 
-// What one thread works in.
+// What one thread works in that multiplies ROWS rows of W at once.
+template <int ROWS>
 struct DotMemory {
     const Run run;
-    RowNumbers numbers[DOT_ROWS];  // of a run of rows each
-    float* values;                 // [m][DOT_ROWS][WRITE_ROWS]
+    RowNumbers numbers[ROWS];  // of a run of rows each
+    float* values;             // [m][ROWS][WRITE_ROWS]
 
     static int64_t size(const LinearCall& call, const Run& run) {
-        return DOT_ROWS * (4 * run.capacity(*call.plan) + call.m * WRITE_ROWS);
+        return ROWS * (4 * run.capacity(*call.plan) + call.m * WRITE_ROWS);
     }
-    DotMemory(const LinearCall& call, const Run& run, float* memory)
-        : run(run),
-          numbers{carve(run.capacity(*call.plan), memory), carve(run.capacity(*call.plan), memory + 4 * run.capacity(*call.plan))},
-          values(memory + DOT_ROWS * 4 * run.capacity(*call.plan)) {}
+    DotMemory(const LinearCall& call, const Run& run, float* memory) : run(run) {
+        const int64_t capacity = run.capacity(*call.plan);
+        for (int r = 0; r < ROWS; ++r) numbers[r] = carve(capacity, memory + r * 4 * capacity);
+        values = memory + ROWS * 4 * capacity;
+    }
 };
 
 // Rows of W that follow each other, and their numbers as far as they have been expanded.
-template <class Expand>
 class Stream {
   public:
-    Stream(const DotMemory& memory, int which, int64_t stop, Expand expand)
-        : run_(memory.run), numbers_(memory.numbers[which]), stop_(stop), expand_(expand) {}
-    // The numbers of a row: the one asked for before, the next, or one anywhere.
-    inline RowNumbers at(int64_t row) {
+    Stream() = default;
+    Stream(const Run& run, const RowNumbers& numbers, int64_t stop) : run_(run), numbers_(numbers), stop_(stop) {}
+    // The numbers of a row: the one asked for before, the next, or one anywhere. expand(row, rows, numbers) fills those of a run.
+    template <class Expand>
+    inline RowNumbers at(int64_t row, const Expand& expand) {
         if (row < first_ || row >= end_) {
             first_ = row, end_ = least(stop_, row + run_.rows);
-            expand_(first_, end_ - first_, numbers_);
+            expand(first_, end_ - first_, numbers_);
         }
         const int64_t offset = (row - first_) * run_.stride;
         return {numbers_.scale + offset, numbers_.zero + offset, numbers_.minimum + offset, nullptr};
     }
 
   private:
-    const Run run_;
-    const RowNumbers numbers_;
-    const int64_t stop_;
-    const Expand expand_;
-    int64_t first_ = 0, end_ = 0;
+    Run run_;
+    RowNumbers numbers_ = {};
+    int64_t stop_ = 0, first_ = 0, end_ = 0;
 };
 
-// Call two_rows(first, second, their numbers, where their products go) for rows start ... stop, and write what it makes;
-// expand(row, rows, numbers) fills those of a run. The rows of a pair lie half the range apart, so that each is one of a stream
-// without gaps.
-template <class Expand, class TwoRows>
-inline void multiply_row_pairs(const LinearCall& call, int64_t start, int64_t stop, const DotMemory& memory, Expand expand,
-                               TwoRows two_rows) {
-    const int64_t half = (stop - start + 1) / 2;
-    Stream<Expand> firsts(memory, 0, start + half, expand), seconds(memory, 1, stop, expand);
-    for (int64_t done = 0; done < half; done += WRITE_ROWS) {
-        const int64_t first = start + done, second = first + half, count = least(WRITE_ROWS, half - done);
+// Call multiply(ROWS rows, their numbers, where their products go) for rows start ... stop, and write what it makes. The rows lie
+// a ROWS-th of the range apart, so that each is one of a stream without gaps: memory delivers several of those faster than one.
+template <int ROWS, class Expand, class Multiply>
+inline void multiply_streams(const LinearCall& call, int64_t start, int64_t stop, const DotMemory<ROWS>& memory, Expand expand,
+                             Multiply multiply) {
+    const int64_t part = (stop - start + ROWS - 1) / ROWS;
+    Stream streams[ROWS];
+    for (int s = 0; s < ROWS; ++s) {
+        streams[s] = Stream(memory.run, memory.numbers[s], least(stop, start + (s + 1) * part));
+    }
+    for (int64_t done = 0; done < part; done += WRITE_ROWS) {
+        const int64_t count = least(WRITE_ROWS, part - done);
         for (int64_t r = 0; r < count; ++r) {
-            const int64_t last = least(second + r, stop - 1);
-            const RowNumbers numbers[DOT_ROWS] = {firsts.at(first + r), seconds.at(last)};
-            two_rows(first + r, last, numbers, memory.values + r);
+            int64_t rows[ROWS];
+            RowNumbers numbers[ROWS];
+            for (int s = 0; s < ROWS; ++s) {
+                rows[s] = least(start + s * part + done + r, stop - 1);
+                numbers[s] = streams[s].at(rows[s], expand);
+            }
+            multiply(rows, numbers, memory.values + r);
         }
-        write_products(call, first, count, memory.values, DOT_ROWS * WRITE_ROWS);
-        write_products(call, second, least(count, stop - second), memory.values + WRITE_ROWS, DOT_ROWS * WRITE_ROWS);
+        for (int s = 0; s < ROWS; ++s) {
+            const int64_t first = start + s * part + done;
+            if (first >= stop) break;
+            write_products(call, first, least(count, stop - first), memory.values + s * WRITE_ROWS, ROWS * WRITE_ROWS);
+        }
     }
 }
 

@@ -6,6 +6,7 @@ Many rows, and dX, run at the speed of the instruction: blocks of W are decoded 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import ClassVar
 
@@ -23,8 +24,6 @@ CODE_BITS = (2, 3, 4, 5, 6, 8)
 """Widths of codes that have a look-up in registers."""
 PLANES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 """bf16 numbers whose sum is a number of x, exactly."""
-SKINNY_ROWS = 16
-"""Rows of x that share the cost of decoding in the skinny kernel, as measured; it decodes for every eight of them."""
 ROWS_AT_ONCE = 1024
 """Rows of x or dY in one call: bounds the memory of fp32 sums."""
 
@@ -93,7 +92,8 @@ class CpuPairsDot(PairsKernel):
         return why
 
     def cost(self, problem: Problem) -> float:
-        rate, share = decode_rate(problem, 60.0, 22.0), 1.68
+        # Four rows of x share what decoding costs.
+        rate, share = decode_rate(problem, 45.0, 26.0) / -(-max(problem.m, 1) // 4), 1.5
         if cpu.has_tiles():  # such CPUs have half the rate of look-ups and a third of that of products
             rate, share = decode_rate(problem, 55.0, 26.0 if problem.format.codec.bits <= 6 else 13.0), 0.64
         return predicted(problem, self.name, rate, peak_share=share / PLANES[problem.dtype])
@@ -112,14 +112,24 @@ class RoundedPairsKernel(PairsKernel):
         return super().supports(problem)
 
 
+def one_book(fmt: Format) -> bool:
+    """Whether the code books of all blocks in a span of 128 columns fit one register (csrc/cpu/pairs_round.h)."""
+    blocks = max(1, 128 // (fmt.block.cols or 128))
+    return fmt.codec.bits <= 6 and blocks << fmt.codec.bits <= 32
+
+
 class CpuPairsSkinny(RoundedPairsKernel):
     name = "cpu_pairs_skinny"
     operation = "linear"
     function = "pairs_skinny"
 
     def cost(self, problem: Problem) -> float:
-        rate = decode_rate(problem, 29.0, 19.0) / -(-max(problem.m, 1) // SKINNY_ROWS)
-        return predicted(problem, self.name, rate, peak_share=0.8 if cpu.has_tiles() else 2.1)
+        cheap = one_book(problem.format)
+        at_once = 4 if cheap else 8  # rows of x, whether they are there or not
+        turns = -(-max(problem.m, 1) // at_once)
+        rate = (60.0 if cheap else decode_rate(problem, 14.0, 11.0)) / turns
+        whole = replace(problem, m=turns * at_once)
+        return predicted(whole, self.name, rate, peak_share=0.8 if cpu.has_tiles() else 2.19)
 
 
 class CpuPairsTile(RoundedPairsKernel):
@@ -128,7 +138,7 @@ class CpuPairsTile(RoundedPairsKernel):
     function = "pairs_tile"
 
     def cost(self, problem: Problem) -> float:
-        return predicted(problem, self.name, decode_rate(problem, 18.0, 12.0), peak_share=0.8 if cpu.has_tiles() else 2.0)
+        return predicted(problem, self.name, decode_rate(problem, 12.0, 10.0), peak_share=0.8 if cpu.has_tiles() else 2.19)
 
 
 class CpuPairsDgrad(RoundedPairsKernel):
