@@ -1,5 +1,6 @@
 // y[M, N] = x[M, K] W^T + bias for few rows of x, at the speed of memory: codes go from their packed bytes through a code book of
-// bf16 numbers straight into dot products; scales, zeros and minima are applied to the fp32 sums of eight columns.
+// bf16 numbers straight into dot products; scales and zeros are applied to the fp32 sums of eight columns, minima to those of as many
+// columns as share one.
 //
 // A row of y depends neither on the number of threads nor on the other rows of x: each product of a row of W and a row of x is
 // added up in one order.
@@ -15,14 +16,15 @@ namespace quantlib::cpu::QUANTLIB_ISA {
 struct PairsX {
     const uint16_t* words;
     int64_t row_stride, plane_stride;  // in words
-    const float* sums;                 // null where no format needs them
-    int64_t sums_stride;
+    const float* sums;                 // of eight columns each, or of a minimum's; null where no format needs them
+    int64_t sums_stride, minima;       // minima of a row, 0 where a format has none
     inline PairsX from_row(int64_t m) const {
-        return {words + m * row_stride, row_stride, plane_stride, sums + m * sums_stride, sums_stride};
+        return {words + m * row_stride, row_stride, plane_stride, sums + m * sums_stride, sums_stride, minima};
     }
 };
 
-// total[r][m] += what spans start ... stop contribute to the product of rows r and m; `planes` count spans from `start`.
+// total[r][m] += what spans start ... stop contribute to the product of rows r and m, but for minima; `planes` count spans from
+// `start`.
 template <Shift SHIFT, int M, int PLANES, class Codes, class Stored>
 QUANTLIB_INLINE void add_spans(const Codes& codes, const Spread& spread, const Stored& stored, const Planes (&planes)[DOT_ROWS],
                                const RowNumbers (&numbers)[DOT_ROWS], const PairsX& x, int64_t start, int64_t stop,
@@ -34,7 +36,6 @@ QUANTLIB_INLINE void add_spans(const Codes& codes, const Spread& spread, const S
             codes.numbers(stored, planes[r], span - start, w[r]);
             scale[r] = spread(stored, numbers[r].scale, span);
             if constexpr (SHIFT == Shift::zero) shift[r] = spread(stored, numbers[r].zero, span);
-            if constexpr (SHIFT == Shift::minimum) shift[r] = spread(stored, numbers[r].minimum, span);
         }
         for (int m = 0; m < M; ++m) {
             const uint16_t* words = x.words + m * x.row_stride + span * SPAN;
@@ -47,11 +48,25 @@ QUANTLIB_INLINE void add_spans(const Codes& codes, const Spread& spread, const S
                 }
             }
             Floats sums = zero();
-            if constexpr (SHIFT != Shift::none) sums = load(x.sums + m * x.sums_stride + span * LANES);
+            if constexpr (SHIFT == Shift::zero) sums = load(x.sums + m * x.sums_stride + span * LANES);
             for (int r = 0; r < DOT_ROWS; ++r) {
                 if constexpr (SHIFT == Shift::zero) sum[r] = negative_multiply_add(shift[r], sums, sum[r]);
                 total[r][m] = multiply_add(sum[r], scale[r], total[r][m]);
-                if constexpr (SHIFT == Shift::minimum) total[r][m] = negative_multiply_add(shift[r], sums, total[r][m]);
+            }
+        }
+    }
+}
+
+// total[r][m] -= the minima of row r times sums of row m of x. Lanes are minima here: in the end all lanes are added up.
+template <int M>
+QUANTLIB_INLINE void subtract_minima(const RowNumbers (&numbers)[DOT_ROWS], const PairsX& x, Floats (&total)[DOT_ROWS][M]) {
+    for (int64_t at = 0; at < x.minima; at += LANES) {
+        for (int m = 0; m < M; ++m) {
+            const Floats sums = load(x.sums + m * x.sums_stride + at);
+            for (int r = 0; r < DOT_ROWS; ++r) {
+                // Behind a row's last minimum stands what belongs to another.
+                const Floats minima = load_first(numbers[r].minimum + at, x.minima - at);
+                total[r][m] = negative_multiply_add(minima, sums, total[r][m]);
             }
         }
     }
@@ -74,6 +89,7 @@ void dot_rows(const Plan& plan, const Codes& kept, const PairsRow (&rows)[DOT_RO
         const Planes tails[DOT_ROWS] = {rows[0].tail(), rows[1].tail()};
         add_spans<SHIFT, M, PLANES>(codes, spread, rows[0].part(), tails, numbers, x, inside, spans, total);
     }
+    if constexpr (SHIFT == Shift::minimum) subtract_minima<M>(numbers, x, total);
     for (int m = 0; m < M; ++m) {
         for (int r = 0; r < DOT_ROWS; ++r) values[(m * DOT_ROWS + r) * WRITE_ROWS] = sum(total[r][m]);
     }
@@ -142,6 +158,7 @@ inline bool pairs_dot(const Joined<LinearCall>& joined) {
     const Run run(plan, least(plan.padded_k, spans * SPAN));
     const bool shifted = shift_of(plan) != Shift::none;
     const int64_t sums_stride = shifted ? spans * LANES : 0;
+    const int64_t minima = plan.has_minimum ? (plan.k + plan.span_piece - 1) / plan.span_piece : 0;
     const int64_t thread_floats = DotMemory<DOT_ROWS>::size(first, run);
     const Scratch words(first.m * row_words / 2), sums(first.m * sums_stride), scratch(threads * thread_floats);
     if (words.floats == nullptr || sums.floats == nullptr || scratch.floats == nullptr) return false;
@@ -149,9 +166,11 @@ inline bool pairs_dot(const Joined<LinearCall>& joined) {
     uint16_t* arranged = reinterpret_cast<uint16_t*>(words.floats);
     for (int64_t m = 0; m < first.m; ++m) {
         arrange_row(first, m, spans, false, arranged + m * row_words);
-        if (shifted) sum_lanes(arranged + m * row_words, planes, spans, sums.floats + m * sums_stride);
+        float* const to = sums.floats + m * sums_stride;
+        if (shifted) sum_lanes(arranged + m * row_words, planes, spans, to);
+        if (minima > 0) sum_pieces(to, plan.span_piece / 8, spans * LANES, to);
     }
-    const PairsX x = {arranged, row_words, spans * SPAN, sums.floats, sums_stride};
+    const PairsX x = {arranged, row_words, spans * SPAN, sums.floats, sums_stride, minima};
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int part = 0; part < threads; ++part) {
         const DotMemory<DOT_ROWS> memory(first, run, scratch.floats + part * thread_floats);

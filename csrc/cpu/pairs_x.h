@@ -68,5 +68,16 @@ inline void sum_lanes(const uint16_t* row, int planes, int64_t spans, float* to)
     }
 }
 
+// Sums of `count` lanes each, of `lanes` of them, zeros after the last; `to` may be `from`.
+inline void sum_pieces(const float* from, int64_t count, int64_t lanes, float* to) {
+    const int64_t pieces = lanes / count;
+    for (int64_t p = 0; p < pieces; ++p) {
+        float total = from[p * count];
+        for (int64_t lane = 1; lane < count; ++lane) total += from[p * count + lane];
+        to[p] = total;
+    }
+    for (int64_t p = pieces; p < lanes; ++p) to[p] = 0.0f;
+}
+
 }  // namespace quantlib::cpu::QUANTLIB_ISA
 #endif

@@ -24,6 +24,10 @@ QUANTLIB_INLINE Floats negative_multiply_add(Floats a, Floats b, Floats c) { ret
 // Four and eight numbers, again and again.
 QUANTLIB_INLINE Floats four_numbers(const float* from) { return _mm512_broadcast_f32x4(_mm_loadu_ps(from)); }
 QUANTLIB_INLINE Floats eight_numbers(const float* from) { return _mm512_broadcast_f32x8(_mm256_loadu_ps(from)); }
+// The first `count` numbers, at most LANES; zeros behind them.
+QUANTLIB_INLINE Floats load_first(const float* from, int64_t count) {
+    return _mm512_maskz_loadu_ps(__mmask16(count >= LANES ? 0xFFFF : (1 << count) - 1), from);
+}
 QUANTLIB_INLINE Floats permute(Ints index, Floats a) { return _mm512_permutexvar_ps(index, a); }
 
 // `a` where the mask has ones, `b` elsewhere.
