@@ -19,9 +19,9 @@ struct RowNumbers {
 // Pieces of `piece` columns, as many as whole runs of 128 columns have.
 inline int64_t pieces_of(const Plan& plan, int piece) { return round_up(plan.k, 128) / piece; }
 
-// Room for every block of a row and for every piece, with a vector to spare.
+// Room for every block of a row and for every piece, and 64 to spare: so many may be written at once.
 inline int64_t row_capacity(const Plan& plan) {
-    return round_up(most(pieces_of(plan, plan.piece), plan.blocks_across) + CHUNK, CHUNK);
+    return round_up(most(pieces_of(plan, plan.piece), plan.blocks_across) + 64, CHUNK);
 }
 
 // E4M3 codes times `factor`; `to` has a vector to spare.
@@ -75,8 +75,33 @@ inline void scale_supers(float* to, const float* units, int64_t count, float off
     }
 }
 
-// `count` codes of one row, whose units begin at `units`; `to` has a chunk to spare.
+#ifdef QUANTLIB_HAS_SIX
+constexpr int SIX_RUN = 64, SIX_UNITS = SIX_RUN / 8;  // codes of K-quants that are read together, and their units
+
+// to[i] = (code - offset) * its unit for `count` codes, a multiple of eight, eight of which share a unit. `to` has room for whole
+// runs; behind the last code comes what means nothing.
+inline void read_six(const Planes& planes, const uint8_t* units, int64_t count, Floats offset, float* to) {
+    const int64_t whole = count / SIX_RUN * SIX_RUN, rest = count - whole;
+    for (int64_t i = 0; i < whole; i += SIX_RUN) {
+        read_six_run(planes.plane[0] + i / 2, planes.plane[1] + i / 4, units + i / 4, offset, to + i);
+    }
+    if (rest == 0) return;
+    // From a copy, so that no byte beyond the codes is read.
+    uint8_t fours[SIX_RUN / 2] = {}, twos[SIX_RUN / 4] = {}, tail[SIX_UNITS * 2] = {};
+    memcpy(fours, planes.plane[0] + whole / 2, rest / 2);
+    memcpy(twos, planes.plane[1] + whole / 4, rest / 4);
+    memcpy(tail, units + whole / 4, rest / 4);
+    read_six_run(fours, twos, tail, offset, to + whole);
+}
+#endif
+
+// `count` codes of one row, whose units begin at `units`; `to` has 64 numbers to spare.
 inline void read_super_row(const Plan& plan, const uint8_t* codes, const uint8_t* units, int64_t count, float* to) {
+#ifdef QUANTLIB_HAS_SIX
+    if (plan.super_bits == 6 && plan.super_count == 8) {
+        return read_six(planes_of(6, codes, count), units, count, broadcast(plan.super_offset), to);
+    }
+#endif
     const int64_t supers = count / plan.super_count;
     read_integers(plan.super_bits, codes, count, to);
     for (int64_t start = 0; start < supers; start += CHUNK) {
@@ -99,13 +124,14 @@ inline void read_super_row(const Plan& plan, const uint8_t* codes, const uint8_t
     }
 }
 
-// Those of `rows` rows of blocks, whose codes are packed row by row. `to` has a chunk to spare.
+// Those of `rows` rows of blocks, whose codes are packed row by row. `to` has 64 numbers to spare.
 inline void read_super(const Plan& plan, const uint8_t* codes, const uint8_t* units, int64_t block_row, int64_t rows, float* to) {
     const int64_t across = plan.blocks_across, row_bytes = (across * plan.super_bits + 7) / 8;
     const int64_t unit_bytes = across / plan.super_count * 2;
     codes += block_row * row_bytes, units += block_row * unit_bytes;
     constexpr int64_t MOST = 1024;  // codes read together
-    if (rows > 1 && across % 8 == 0 && rows * across <= MOST) {
+    // The planes of short rows are moved together first: most of what is read at once would be empty.
+    if (rows > 1 && across % 64 != 0 && across % 8 == 0 && rows * across <= MOST) {
         uint8_t joined[MOST];
         join_rows(plan.super_bits, codes, across, rows, joined);
         return read_super_row(plan, joined, units, rows * across, to);
@@ -193,10 +219,10 @@ struct Run {
         rows = most(1, least(MOST_ROWS, MOST_PIECES / pieces));
         stride = pieces;
     }
-    // With 64 to spare: whoever expands a row may write so many at once.
+    // With 64 to spare, as row_capacity.
     int64_t capacity(const Plan& plan) const { return most(row_capacity(plan), round_up(rows * stride, CHUNK) + 64); }
 
-    static constexpr int64_t MOST_ROWS = 16, MOST_PIECES = 1024;  // 4 KB: the first-level cache holds x and codes besides
+    static constexpr int64_t MOST_ROWS = 16, MOST_PIECES = 256;  // memory is idle for as long
 };
 
 // Ask for what the numbers of `rows` rows from `row` on will be made of.

@@ -50,6 +50,28 @@ inline void unpack(const uint8_t* from, Ints* codes) {
     }
 }
 
+// 64 codes of six bits, out of a plane of four bits and one of two.
+inline void unpack_six(const uint8_t* fours, const uint8_t* twos, Ints* codes) {
+    const Ints pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(fours)), nibble = _mm256_set1_epi8(0x0F);
+    const Ints even = _mm256_and_si256(pairs, nibble), odd = _mm256_and_si256(_mm256_srli_epi16(pairs, 4), nibble);
+    Ints upper[2];  // bits 4 and 5 of 32 codes each: four codes of a byte move apart in a lane
+    for (int half = 0; half < 2; ++half) {
+        Ints bits = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(twos + 8 * half)));
+        bits = _mm256_or_si256(bits, _mm256_slli_epi32(bits, 12));
+        bits = _mm256_or_si256(bits, _mm256_slli_epi32(bits, 6));
+        upper[half] = _mm256_and_si256(_mm256_slli_epi32(bits, 4), _mm256_set1_epi8(0x30));
+    }
+    // Interleaving keeps to halves of a vector: codes 0-15 and 32-47, then the others.
+    const Ints first = _mm256_or_si256(_mm256_unpacklo_epi8(even, odd), _mm256_permute2x128_si256(upper[0], upper[1], 0x20));
+    const Ints last = _mm256_or_si256(_mm256_unpackhi_epi8(even, odd), _mm256_permute2x128_si256(upper[0], upper[1], 0x31));
+    const __m128i quarters[4] = {_mm256_castsi256_si128(first), _mm256_castsi256_si128(last), _mm256_extracti128_si256(first, 1),
+                                 _mm256_extracti128_si256(last, 1)};
+    for (int q = 0; q < 4; ++q) {
+        codes[2 * q] = _mm256_cvtepu8_epi32(quarters[q]);
+        codes[2 * q + 1] = _mm256_cvtepu8_epi32(_mm_srli_si128(quarters[q], LANES));
+    }
+}
+
 // Look-ups
 
 inline Floats gather(const float* table, Ints index) { return _mm256_i32gather_ps(table, index, 4); }
@@ -90,6 +112,16 @@ inline Floats load_half(const uint16_t* from) {
 }
 inline void store_half(uint16_t* to, Floats a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+// (code - offset) * its unit for 64 codes of six bits, eight of which share an fp16 unit.
+#define QUANTLIB_HAS_SIX
+inline void read_six_run(const uint8_t* fours, const uint8_t* twos, const uint8_t* units, Floats offset, float* to) {
+    Ints codes[8];
+    float unit[8];
+    unpack_six(fours, twos, codes);
+    store(unit, load_half(reinterpret_cast<const uint16_t*>(units)));
+    for (int v = 0; v < 8; ++v) store(to + v * LANES, multiply(subtract(number(codes[v]), offset), broadcast(unit[v])));
 }
 inline Floats load_bfloat(const uint16_t* from) {
     const Ints words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
