@@ -81,8 +81,8 @@ class CpuPairsDot(PairsKernel):
     operation = "linear"
     function = "pairs_dot"
     scaling = (
-        "code values in bf16 (exact; entries of code books that bf16 doesn't hold are rounded, for bf16 x alone); scales, "
-        "zeros and minima on fp32 sums of eight columns"
+        "code values in bf16 (exact; entries of code books that bf16 doesn't hold are rounded, for bf16 x alone); scales "
+        "and zeros on fp32 sums of eight columns, minima on those of x over their columns"
     )
 
     def supports(self, problem: Problem) -> str | None:
