@@ -119,7 +119,7 @@ class AmxDot {
     QUANTLIB_INLINE void decode_rows(const Codes& codes, const Stored& stored, Planes planes, int64_t rows, uint16_t* to) const {
         for (int64_t r = 0; r < STEP_ROWS; ++r, to += SPAN) {
             Words w[TURNS];
-            codes.numbers(stored, planes, 0, w, STEP_ROWS * row_bytes_);
+            look_up_span(codes, stored, planes, 0, w, STEP_ROWS * row_bytes_);
             for (int turn = 0; turn < TURNS; ++turn) store_words(to + turn * WORDS, w[turn]);
             if (r + 1 < rows) planes = further(planes);
         }

@@ -48,15 +48,6 @@ struct BookCodes {
         }
         out[0] = book.look_up(codes);
     }
-    template <class Stored>
-    QUANTLIB_INLINE void numbers(const Stored& stored, const Planes& planes, int64_t span, Words* out,
-                                 int64_t ahead = FETCH_AHEAD) const {
-        const Raw codes = raw(stored, planes, span, ahead);
-        stage<0>(codes, out);
-        stage<1>(codes, out + 1);
-        stage<2>(codes, out + 2);
-        stage<3>(codes, out + 3);
-    }
 };
 
 struct ByteCodes {
@@ -81,14 +72,21 @@ struct ByteCodes {
     QUANTLIB_INLINE void stage(const Raw& raw, Words* out) const {
         book.look_up(raw.half[STAGE], out[0], out[1]);
     }
-    template <class Stored>
-    QUANTLIB_INLINE void numbers(const Stored& stored, const Planes& planes, int64_t span, Words* out,
-                                 int64_t ahead = FETCH_AHEAD) const {
-        const Raw codes = raw(stored, planes, span, ahead);
-        stage<0>(codes, out);
-        stage<1>(codes, out + 2);
-    }
 };
+
+// Stages STAGE and following of a span.
+template <int STAGE = 0, class Codes>
+QUANTLIB_INLINE void look_up_stages(const Codes& codes, const typename Codes::Raw& raw, Words* out) {
+    codes.template stage<STAGE>(raw, out + STAGE * (TURNS / Codes::STAGES));
+    if constexpr (STAGE + 1 < Codes::STAGES) look_up_stages<STAGE + 1>(codes, raw, out);
+}
+
+// The numbers of a span's codes.
+template <class Codes, class Stored>
+QUANTLIB_INLINE void look_up_span(const Codes& codes, const Stored& stored, const Planes& planes, int64_t span, Words* out,
+                                  int64_t ahead = FETCH_AHEAD) {
+    look_up_stages(codes, codes.raw(stored, planes, span, ahead), out);
+}
 
 // How a row's numbers, one per `plan.span_piece` columns, are spread over the lanes of a span.
 class Spread {

@@ -33,7 +33,7 @@ QUANTLIB_INLINE void add_spans(const Codes& codes, const Spread& spread, const S
         Words w[DOT_ROWS][TURNS];
         Floats scale[DOT_ROWS], shift[DOT_ROWS];
         for (int r = 0; r < DOT_ROWS; ++r) {
-            codes.numbers(stored, planes[r], span - start, w[r]);
+            look_up_span(codes, stored, planes[r], span - start, w[r]);
             scale[r] = spread(stored, numbers[r].scale, span);
             if constexpr (SHIFT == Shift::zero) shift[r] = spread(stored, numbers[r].zero, span);
         }
