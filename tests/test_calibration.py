@@ -160,6 +160,28 @@ def test_shortcuts_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_same_bits(long.state_dict()[name], tensor)
 
 
+@pytest.mark.parametrize(("kept", "batches"), [(0.0, 0), (0.5, 2), (1.0, 4), (2.0, 5), (100.0, 8)])
+def test_what_finds_no_room_is_computed_again(kept: float, batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each block's four batches of what o_proj reads, as wide as hidden states, and of what down_proj reads, 2.5 times as wide."""
+    whole, changed = llama(), llama()
+    options: dict[str, Any] = {"algorithm": "gptq", "calibration": tokens(16, 24), "progress": False}
+    assert changed.config.intermediate_size == 2.5 * changed.config.hidden_size
+    quantlib.patch(whole, "int4-g32", **options)
+    monkeypatch.setattr(sys.modules[walk.__module__], "KEPT", kept)
+    put: list[int] = []
+    keep = Shelf.__setitem__
+
+    def counting(shelf: Shelf, batch: int, x: torch.Tensor) -> None:
+        put.append(batch)
+        keep(shelf, batch, x)
+
+    monkeypatch.setattr(Shelf, "__setitem__", counting)
+    quantlib.patch(changed, "int4-g32", **options)
+    assert len(put) == 2 * (4 + batches)  # hidden states before each of two blocks
+    for name, tensor in whole.state_dict().items():
+        assert_same_bits(changed.state_dict()[name], tensor)
+
+
 def test_a_shelf_keeps_batches_in_one_allocation() -> None:
     shelf = Shelf(3)
     found = [torch.randn(4, 5), torch.randn(4, 5), torch.randn(2, 5)]

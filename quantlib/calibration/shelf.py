@@ -26,6 +26,9 @@ class Shelf:
             present = self._found[batch] = self._place(tensor)
         present.copy_(tensor)
 
+    def __contains__(self, batch: int) -> bool:
+        return self._found[batch] is not None
+
     def __getitem__(self, batch: int) -> Tensor:
         found = self._found[batch]
         if found is None:

@@ -123,7 +123,7 @@ def stage_statistics(model: nn.Module, segment: Segment, stage: tuple[str, ...],
     def take(x: Tensor) -> None:
         found.add(x, stage[0])
         if shortcut is not None:
-            kept[batch] = x
+            segment.keep(kept, batch, x)
 
     with hooked(layer, take, stop=True):
         for batch in range(batches):

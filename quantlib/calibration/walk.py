@@ -23,6 +23,10 @@ from quantlib.errors import QuantlibError, ShapeError
 from quantlib.running import call, evaluating, vocabulary_of
 
 
+KEPT = 2.5
+"""What a block's layers read is kept up to so many times the hidden states' size; what is not is computed again."""
+
+
 class _Stop(Exception):  # noqa: N818 it reports no error
     """Ends a forward pass whose rest is of no interest."""
 
@@ -34,9 +38,10 @@ class Segment:
     name       of the block; "" for what lies outside blocks
     stages     names of linear layers that read one and the same input, in the order of their calls
     run        runs it over batch number i
-    shortcuts  for a layer that a module inside the segment ends with: told all that the layer reads, [batches], later runs
-               don't compute it again, but let the module answer with the layer's answer to it
+    shortcuts  for a layer that a module inside the segment ends with: told what the layer reads, [batches] or some of them, later
+               runs don't compute it again, but let the module answer with the layer's answer to it
     home       where such inputs are kept; None: where they are
+    room       bytes that they may take
     """
 
     name: str
@@ -45,6 +50,13 @@ class Segment:
     run: Callable[[int], Any]
     shortcuts: Mapping[str, Callable[[Shelf], None]] = field(default_factory=dict)
     home: torch.device | None = None
+    room: float = 0.0
+
+    def keep(self, kept: Shelf, batch: int, x: Tensor) -> None:
+        """Put x on a shelf, if there is room."""
+        if x.nbytes <= self.room:
+            self.room -= x.nbytes
+            kept[batch] = x
 
 
 def walk(
@@ -113,12 +125,16 @@ class _Walk:
         closing = {stage[0]: self.endings[stage[0]] for stage in stages if len(stage) == 1 and stage[0] in self.endings}
         known = {layer: partial(self._shorten, layer, ending, shortcuts) for layer, ending in closing.items()}
         home = None if self.device is None else self.hidden[0].device
-        return Segment(name, block, stages, _guarded(partial(self._run, number)), known, home)
+        room = KEPT * sum(self.hidden[batch].nbytes for batch in range(len(self.batches)))
+        return Segment(name, block, stages, _guarded(partial(self._run, number)), known, home, room)
 
     def _shorten(self, layer: str, ending: Ending, shortcuts: ExitStack, inputs: Shelf) -> None:
         module = self.model.get_submodule(ending.module)
+        whole = module.forward
 
         def forward(*arguments: Any, **keywords: Any) -> Any:
+            if self.batch not in inputs:
+                return whole(*arguments, **keywords)
             x = inputs[self.batch] if self.device is None else inputs[self.batch].to(self.device)
             return ending.answer(self.model.get_submodule(layer)(x))
 
