@@ -25,7 +25,7 @@ from rich.console import Console
 from bench import llama_cpp
 from bench.clock import SettledClock
 from bench.contestants import taken
-from bench.cpu_layers import CPU, DGRAD_MS, FORMATS, MS, SHAPE, Contest, Entry, entrants, plan
+from bench.cpu_layers import CPU, DGRAD_MS, FORMATS, MS, SHAPE, Contest, Entry, Ours, entrants, plan
 from bench.cpu_model import (
     KINDS,
     LLAMA,
@@ -123,6 +123,8 @@ class Run:
         for entry in entries:
             contestant, case, verdict = entry.entrant.contestant, entry.case, entry.verdict
             ours, name = contestant.backend != "peer", entry.entrant.name
+            activations = contestant.activations if isinstance(contestant, Ours) else None
+            case = replace(case, activations=activations)
             fields = self._times(entry.timing)
             if name in medians and entry.nbytes:
                 fields |= {"gbps": entry.nbytes / medians[name] / 1e3, "tflops": case.flops / medians[name] / 1e6}
@@ -141,6 +143,7 @@ class Run:
                 k=case.k,
                 m=case.m,
                 contestant=(taken(case, CPU) or "none") if ours else name,
+                activations=activations,
                 backend=contestant.backend,
                 version=contestant.version(),
                 layout=entry.layout,
@@ -210,7 +213,7 @@ class Run:
         return {"clock": timing.clock, "us": timing.median, "us_q25": timing.q25, "us_q75": timing.q75}
 
     def _write(self, **fields: Any) -> None:
-        self.journal.add(Row(**asdict(self.environment), activations=None, settings=self.settings, **fields))
+        self.journal.add(Row(**(asdict(self.environment) | {"activations": None, "settings": self.settings} | fields)))
 
 
 def chosen_variants(beginnings: Sequence[str] | None) -> list[Variant]:

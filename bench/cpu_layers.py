@@ -33,6 +33,8 @@ from quantlib.timing import Calls, Clock, NoTiming, Timing, copies
 SHAPE: Shape = (14336, 4096)
 MS = (1, 2, 4, 8, 16, 64, 512)
 DGRAD_MS = (64, 512)
+IN_INT8 = ("int4-g32", "nvfp4", "q4_k")
+"""Formats that take part with x in int8 too."""
 FORMATS = ("int4-g128", "int4-g32", "int4-g32-asym", "nf4", "nvfp4", "mxfp4", "q4_k", "fp8-e4m3", "int8-channel")
 COLD_BYTES = 128 << 20
 PATIENCE_S = 60.0
@@ -59,12 +61,17 @@ class Ours:
     """quantlib as a user calls it: dispatch chooses the kernel."""
 
     format: str
+    activations: str | None = None
     backend: str = "cpu"
-    limit: float | None = None
+
+    @property
+    def limit(self) -> float | None:
+        """As for llama.cpp's kernels, which round x to 8 bits too."""
+        return None if self.activations is None else Ggml.limit
 
     @property
     def name(self) -> str:
-        return f"quantlib {self.format}"
+        return f"quantlib {self.format}" + ("" if self.activations is None else f", x in {self.activations}")
 
     def version(self) -> str:
         return quantlib.__version__
@@ -73,11 +80,11 @@ class Ours:
         return None
 
     def why_not(self, case: Case, device: torch.device) -> str | None:
-        return None
+        return "does linear alone" if self.activations is not None and case.operation != "linear" else None
 
     def prepare(self, material: Material) -> Prepared:
         calls: dict[str, Callable[[Any, Tensor], Any]] = {
-            "linear": lambda state, x: quantlib.linear(x, state),
+            "linear": lambda state, x: quantlib.linear(x, state, activations=self.activations),
             "dgrad": lambda state, dy: dispatch.run("dgrad", dy, state),
         }
         weight, call = material.quantized, calls[material.case.operation]
@@ -98,7 +105,8 @@ PEERS = (
 
 def entrants(formats: Sequence[str] = FORMATS) -> list[Entrant]:
     """quantlib in each format, and every peer, whether it is there or not."""
-    return [*(Entrant(Ours(spec), spec, spec) for spec in formats), *PEERS]
+    rounded = [Entrant(Ours(spec, "int8"), spec, spec) for spec in formats if spec in IN_INT8]
+    return [*(Entrant(Ours(spec), spec, spec) for spec in formats), *rounded, *PEERS]
 
 
 def plan(shapes: Iterable[Shape], ms: Sequence[int], dgrad_ms: Sequence[int]) -> list[list[Case]]:

@@ -36,15 +36,17 @@ EXPORT_LIMIT = 1e-3
 class Variant:
     """How quantlib or torch runs the model.
 
-    spec, head  of the layers and of the output head; None: as they are
-    dtype       of everything that is not quantized
-    decoder     whether tokens come from quantlib's Decoder; otherwise from transformers' generate
+    spec, head   of the layers and of the output head; None: as they are
+    dtype        of everything that is not quantized
+    decoder      whether tokens come from quantlib's Decoder; otherwise from transformers' generate
+    activations  what x is rounded to before quantized layers
     """
 
     spec: str | None
     head: str | None = None
     dtype: torch.dtype = torch.bfloat16
     decoder: bool = False
+    activations: str | None = None
 
     @property
     def name(self) -> str:
@@ -52,7 +54,8 @@ class Variant:
         if self.spec is None:
             return f"torch {dtype}"
         path = "" if self.decoder else ", transformers' generate"
-        return f"quantlib {self.spec}, x {dtype}, head {self.head or dtype}{path}"
+        rounded = "" if self.activations is None else f" in {self.activations}"
+        return f"quantlib {self.spec}, x {dtype}{rounded}, head {self.head or dtype}{path}"
 
 
 HEAD = "int8-channel"
@@ -61,11 +64,12 @@ VARIANTS = (
     Variant(None),
     Variant(None, dtype=torch.float32),
     *(Variant(spec, HEAD, decoder=True) for spec in SPECS),
+    *(Variant(spec, HEAD, decoder=True, activations="int8") for spec in ("int4-g32", "nvfp4", "q4_k")),
     Variant("int4-g32", decoder=True),
     Variant("int4-g32", HEAD, torch.float32, decoder=True),
     Variant("int4-g32", HEAD),
 )
-"""llama.cpp quantizes the output head too, to 8 bits; so do most of these."""
+"""llama.cpp quantizes the output head too, to 8 bits, and rounds x to 8 bits; so do most of these, and three."""
 KINDS = ("q4_0", "q4_1", "q4_k", "q8_0")
 LLAMA = "llama.cpp "
 """What the names of llama.cpp's entries begin with."""
@@ -132,7 +136,9 @@ def prepare(model: Any, variant: Variant) -> TorchSpeaker:
     # Converting a dtype changes parameters in place; only replacing modules may share them.
     own = structural_copy(model) if variant.dtype is torch.float32 else deepcopy(model).to(variant.dtype)
     if variant.spec is not None:
-        quantlib.patch(own, {"lm_head": variant.head, "*": variant.spec}, skip=(), progress=False)
+        quantlib.patch(
+            own, {"lm_head": variant.head, "*": variant.spec}, skip=(), activations=variant.activations, progress=False
+        )
     nbytes = sum(tensor.numel() * tensor.element_size() for tensor in (*own.parameters(), *own.buffers()))
     kind = DecoderSpeaker if variant.decoder else TorchSpeaker
     return kind(own, nbytes, variant.spec or "")

@@ -79,7 +79,7 @@ def bandwidth_table(rows: Sequence[Row]) -> str:
 
 
 def _who(row: Row) -> str:
-    return f"quantlib `{row.format}`" if row.ours else row.contestant
+    return f"quantlib `{row.numbers}`" if row.ours else row.contestant
 
 
 def layers_table(rows: Sequence[Row]) -> str:
@@ -88,13 +88,14 @@ def layers_table(rows: Sequence[Row]) -> str:
     columns = list(dict.fromkeys((row.operation, row.m) for row in timed))
     columns.sort(key=lambda column: (column[0] != "linear", column[1]))
     lines = []
+    kinds = sorted({(row.format, row.numbers) for row in timed}, key=lambda kind: (_place(kind[0]), kind))
     for n, k in dict.fromkeys((row.n, row.k) for row in timed):
-        for fmt in sorted({row.format for row in timed}, key=_place):
-            found = {(row.operation, row.m): row.ratios for row in timed if (row.n, row.k, row.format) == (n, k, fmt)}
+        for fmt, numbers in kinds:
+            found = {(row.operation, row.m): row.ratios for row in timed if (row.n, row.k, row.numbers) == (n, k, numbers)}
             for peer in (*COUNTERPARTS.get(fmt, ()), UNQUANTIZED):
                 cells = [_ratio(found.get(column, {}), peer) for column in columns]
                 if any(cells):
-                    lines.append([f"{n} x {k}", f"`{fmt}`", peer, *(f"{cell:.2f}" if cell else "" for cell in cells)])
+                    lines.append([f"{n} x {k}", f"`{numbers}`", peer, *(f"{cell:.2f}" if cell else "" for cell in cells)])
     names = [f"M = {m}" if operation == "linear" else f"dX, M = {m}" for operation, m in columns]
     return _markdown(["N x K", "format", "against", *names], lines)
 
@@ -158,6 +159,11 @@ def machines(rows: Sequence[Row]) -> list[list[Row]]:
     return [[row for row in rows if _machine(row) == key] for key in dict.fromkeys(_machine(row) for row in rows)]
 
 
+def latest_machine(rows: Sequence[Row]) -> list[Row]:
+    """The latest run of the machine that was measured last: ratios of two machines don't belong into one picture."""
+    return max(machines(rows), key=lambda run: max(row.date for row in run), default=[])
+
+
 def readme_block(rows: Sequence[Row]) -> str:
     """What README shows of each machine: the model, the layers, and the picture."""
     parts = []
@@ -167,7 +173,7 @@ def readme_block(rows: Sequence[Row]) -> str:
             parts += [model_table(run), peers_list([row for row in run if row.operation == "prefill"])]
         if any(row.operation == "linear" and row.us for row in run):
             parts += [layers_table(run)]
-    if cpu_picture(latest_run(rows)) is not None:
+    if cpu_picture(latest_machine(rows)) is not None:
         parts += ["![Layers and the demo model on a CPU, beside the peers](docs/images/cpu.png)"]
     return "\n\n".join(parts) or NOTHING
 
@@ -195,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rows = read_rows(options.files or sorted(RESULTS.glob("cpu-*.jsonl")))
     images = options.images or (IMAGES if options.update else None)
-    picture = cpu_picture(latest_run(rows)) if images is not None else None
+    picture = cpu_picture(latest_machine(rows)) if images is not None else None
     if images is not None and picture is not None:
         images.mkdir(parents=True, exist_ok=True)
         (images / "cpu.png").write_bytes(picture)

@@ -105,7 +105,7 @@ def cpu_picture(rows: Sequence[Row]) -> bytes | None:
     lines: dict[tuple[str, bool], list[tuple[int, float]]] = {}
     for row in rows:
         if row.operation == "linear" and row.us and row.m in base and row.contestant != "torch_bf16":
-            name = f"quantlib {row.format}" if row.ours else row.contestant
+            name = f"quantlib {row.numbers}" if row.ours else row.contestant
             lines.setdefault((name, row.ours), []).append((row.m, (base[row.m] or 0.0) / row.us))
     spoken = {row.contestant: row.us for row in rows if row.operation == "generate" and row.us}
     bars = {name: spoken["torch bf16"] / us for name, us in spoken.items()} if "torch bf16" in spoken else {}

@@ -70,6 +70,11 @@ class Row:
         return Case(self.operation, self.format, self.n, self.k, self.m, self.activations)
 
     @property
+    def numbers(self) -> str:
+        """The format, and the one that x is rounded to."""
+        return self.format if self.activations is None else f"{self.format}, x in {self.activations}"
+
+    @property
     def ours(self) -> bool:
         """Whether the contestant is a kernel of quantlib's."""
         return self.backend != "peer"

@@ -18,7 +18,7 @@ SOURCES = Path("csrc/cpu")
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i686", "i386")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-BF16 = ["-mavx512bf16", "-mavx512vbmi"]
+BF16 = ["-mavx512bf16", "-mavx512vbmi", "-mavx512vnni"]
 ISA_FLAGS: dict[str, list[str]] = {
     "scalar": [],
     "avx2": AVX2,

@@ -107,7 +107,8 @@ def test_variants_of_the_model_differ_and_name_their_counterparts() -> None:
     assert set(cpu_report.SPOKEN.values()) | {"q4_0"} == set(KINDS) == set(llama_cpp.FILE_TYPES)
     assert set(cpu_report.SPOKEN) <= {variant.spec for variant in VARIANTS}
     assert cpu.chosen_variants(None) == list(VARIANTS)
-    assert [variant.spec for variant in cpu.chosen_variants(["torch bf16", "quantlib nvfp4"])] == [None, "nvfp4"]
+    assert [variant.spec for variant in cpu.chosen_variants(["torch bf16", "quantlib nvfp4"])] == [None, "nvfp4", "nvfp4"]
+    assert [variant.activations for variant in cpu.chosen_variants(["quantlib nvfp4"])] == [None, "int8"]
 
 
 # the contest
@@ -318,8 +319,10 @@ def test_a_run_writes_rows_that_the_tables_read(tmp_path: Path, no_llama: None, 
     assert all(row.settings["threads"] == str(torch.get_num_threads()) for row in rows)
     assert {"chip", "isa", "threads"} <= set(describe_settings())
     ours = [row for row in rows if row.operation == "linear" and row.ours]
-    assert [(row.format, row.m) for row in ours] == [("int4-g128", 1), ("q4_k", 1), ("int4-g128", 3), ("q4_k", 3)]
+    names = ("int4-g128", "q4_k", "q4_k, x in int8")
+    assert [(row.numbers, row.m) for row in ours] == [(name, m) for m in (1, 3) for name in names]
     for row in ours:
+        assert (row.limit == 0.05) == (row.activations == "int8")
         assert row.taken
         assert row.us is not None
         assert row.ratios["torch_bf16"] > 0
@@ -328,9 +331,11 @@ def test_a_run_writes_rows_that_the_tables_read(tmp_path: Path, no_llama: None, 
     assert all(set(row.ratios) == {"torch bf16"} for row in spoken)
     text = cpu_report.document(rows)
     assert "| 64 x 256 | `q4_k` | torch | " in text
+    assert "| 64 x 256 | `q4_k, x in int8` | torch | " in text
     assert "not installed: CMAKE_ARGS" in text
     assert text.count("llama.cpp q4_0: not installed") == 1
-    picture = cpu_picture(cpu_report.latest_run(rows))
+    assert cpu_report.latest_machine([*rows, layer("nf4", 1, ratios={"torch_bf16": 2.0})]) == cpu_report.latest_run(rows)
+    picture = cpu_picture(cpu_report.latest_machine(rows))
     assert picture is not None
     assert picture.startswith(b"\x89PNG")
 

@@ -162,7 +162,7 @@ def test_shortcuts_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("kept", "batches"), [(0.0, 0), (0.5, 2), (1.0, 4), (2.0, 5), (100.0, 8)])
 def test_what_finds_no_room_is_computed_again(kept: float, batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each block's four batches of what o_proj reads, as wide as hidden states, and of what down_proj reads, 2.5 times as wide."""
+    """Of each block's four batches of what o_proj reads, as wide as hidden states, and down_proj, 2.5 times as wide."""
     whole, changed = llama(), llama()
     options: dict[str, Any] = {"algorithm": "gptq", "calibration": tokens(16, 24), "progress": False}
     assert changed.config.intermediate_size == 2.5 * changed.config.hidden_size

@@ -37,7 +37,7 @@ PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 VEX, EVEX = frozenset(b"\xc4\xc5"), 0x62
 MASK_REGISTER = re.compile(r"%k[0-7]")
 TILE_INSTRUCTION = re.compile(r"ldtilecfg|sttilecfg|tile(?:loaddt?1?|stored|release|zero)|tdp(?:bf16ps|fp16ps|b[su]{2}d)")
-BF16_AND_VBMI = re.compile(r"vdpbf16ps|vcvtne2?ps2bf16[xy]?|vperm(?:|i2|t2)b|vpmultishiftqb")
+BF16_VBMI_AND_VNNI = re.compile(r"vdpbf16ps|vcvtne2?ps2bf16[xy]?|vperm(?:|i2|t2)b|vpmultishiftqb|vpdp(?:bus|wss)ds?")
 
 
 def level_of_function(name: str) -> str:
@@ -51,7 +51,7 @@ def level_of_instruction(code: bytes, text: str) -> str:
     start = next((i for i, byte in enumerate(code) if byte not in PREFIXES), 0)
     if TILE_INSTRUCTION.match(text):
         return "amx"
-    if BF16_AND_VBMI.match(text):
+    if BF16_VBMI_AND_VNNI.match(text):
         return "avx512_bf16"
     if code[start] == EVEX or (code[start] in VEX and MASK_REGISTER.search(text)):
         return "avx512"

@@ -11,8 +11,10 @@ from torch import Tensor
 import quantlib
 from quantlib.dispatch import problem_of
 from quantlib.errors import KernelError
+from quantlib.formats import get_format
 from quantlib.kernels import cpu, get_kernel
 from quantlib.kernels.cpu_program import Program, Term, function_of
+from quantlib.kernels.reference import round_trip
 from quantlib.testing import assert_same_bits, random_weight
 
 from .test_cpu_kernels import UNUSUAL as UNUSUAL  # what the fixture registers
@@ -131,6 +133,17 @@ def test_a_rows_product_does_not_depend_on_the_rows_beside_it(spec: str, isa: st
                 }
                 alone = quantlib.QuantizedTensor(weight.format, (1, k), parts)
                 assert_same_bits(run(name, x, alone)[0], y[row : row + 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 40, 576])
+def test_rounding_to_int8_is_a_step(dtype: torch.dtype, k: int, isa: str) -> None:
+    x, y = torch.randn(k).to(dtype), torch.empty(k, dtype=dtype)
+    program = Program(1, dtype, 1)
+    program.embed(x[None].contiguous(), kept := torch.empty(k, dtype=dtype))
+    program.round(kept, y)
+    program.run(0, 0)
+    assert_same_bits(y[None], round_trip(x[None], get_format("int8")))
 
 
 def test_a_step_takes_one_format_and_what_fits() -> None:

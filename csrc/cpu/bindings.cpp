@@ -143,6 +143,33 @@ void linear(const Plan& plan, const Parts& parts, int64_t m, const std::string& 
     if (!run(chosen, call)) throw std::bad_alloc();
 }
 
+void rows_to_int8(int64_t m, int64_t k, const std::string& dtype, uintptr_t x, int64_t x_row_stride, int64_t x_column_stride,
+               uintptr_t codes, uintptr_t scales, uintptr_t rounded, int threads) {
+    const Int8RowsCall call = {m,
+                               k,
+                               parse(DTYPES, dtype),
+                               reinterpret_cast<const void*>(x),
+                               x_row_stride,
+                               x_column_stride,
+                               reinterpret_cast<uint8_t*>(codes),
+                               reinterpret_cast<float*>(scales),
+                               reinterpret_cast<void*>(rounded),
+                               threads};
+    const auto chosen = kernels().rows_to_int8;
+    py::gil_scoped_release release;
+    if (!chosen(call)) throw std::bad_alloc();
+}
+
+void int8_tile(const Plan& plan, const Parts& parts, int64_t m, const std::string& dtype, uintptr_t x, uintptr_t x_scales, float unit,
+               uintptr_t bias, uintptr_t y, int threads) {
+    const LinearCall linear = {&plan, parts, m, parse(DTYPES, dtype), reinterpret_cast<const void*>(x), plan.k, 1,
+                               reinterpret_cast<const float*>(bias), reinterpret_cast<void*>(y), threads};
+    const auto chosen = kernels().int8_tile;
+    if (chosen == nullptr) throw std::invalid_argument("the instruction set " + isa() + " has no products of bytes");
+    py::gil_scoped_release release;
+    if (!chosen({linear, reinterpret_cast<const float*>(x_scales), unit})) throw std::bad_alloc();
+}
+
 using Range = std::pair<int64_t, int64_t>;
 
 void dequantize(const Plan& plan, const Parts& parts, const Range& rows, const Range& columns, const std::string& dtype,
@@ -232,11 +259,20 @@ PYBIND11_MODULE(_cpu, module) {
     define_product("amx_dgrad", &linear<&Kernels::amx_dgrad, TILES>, "As pairs_dgrad, in tile registers.");
     define_product("lookup_dot", &linear<&Kernels::lookup_dot, LOOKUPS>, "The same by byte look-ups, for few rows of x.");
     define_product("lookup_tile", &linear<&Kernels::lookup_tile, LOOKUPS>, "The same for several rows of x, with weights decoded in fp32.");
+    module.def("rows_to_int8", &rows_to_int8, py::arg("m"), py::arg("k"), py::arg("dtype"), py::arg("x"), py::arg("x_row_stride"),
+               py::arg("x_column_stride"), py::arg("codes"), py::arg("scales"), py::arg("rounded"), py::arg("threads"),
+               "x[m, k] -> bytes[m, k], fp32[m] and what they stand for in x's dtype, at those addresses, each of which may be 0; as the "
+               "format int8 does, but a row that isn't finite gets the scale NaN.");
+    module.def("int8_tile", &int8_tile, py::arg("plan"), py::arg("parts"), py::arg("m"), py::arg("dtype"), py::arg("x"),
+               py::arg("x_scales"), py::arg("unit"), py::arg("bias"), py::arg("y"), py::arg("threads"),
+               "y[m, n] = (x - 128) * x_scales[m] W^T + bias for bytes x[m, k], contiguous; `dtype` is y's, `unit` divides every value "
+               "of W's codec.");
     module.def("dequantize", &dequantize, py::arg("plan"), py::arg("parts"), py::arg("rows"), py::arg("columns"),
                py::arg("dtype"), py::arg("out"), py::arg("threads"),
                "W[rows, columns], two (start, stop), in `dtype` at the address `out`, contiguous.");
     module.def("has_pairs", [] { return kernels().pairs_dot != nullptr; }, "Whether the set that runs multiplies bf16 pairs.");
     module.def("has_tiles", [] { return kernels().amx_linear != nullptr; }, "Whether the set that runs has tile registers.");
+    module.def("has_int8", [] { return kernels().int8_tile != nullptr; }, "Whether the set that runs multiplies bytes.");
     module.def("has_lookup", [] { return kernels().lookup_dot != nullptr; }, "Whether the set that runs has byte look-ups.");
     module.def("isa", &isa, "The instruction set that runs.");
     module.def("available_isas", &available_isas, "The sets that this build and this machine have, slowest first.");

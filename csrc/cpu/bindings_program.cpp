@@ -78,6 +78,9 @@ void bind_program(py::module_& module) {
                         int64_t width, float epsilon) {
             program.steps.push_back(NormCall{parse(DTYPES, dtype), from(x), from(weight), to(y), rows, width, epsilon});
         })
+        .def("round", [](Program& program, const std::string& dtype, uintptr_t x, uintptr_t y, int64_t k) {
+            program.steps.push_back(Int8RowsCall{1, k, parse(DTYPES, dtype), from(x), k, 1, nullptr, nullptr, to(y), 1});
+        })
         .def("rotate", &rotate)
         .def("attention", &attention)
         .def("gate", [](Program& program, const std::string& dtype, uintptr_t gate, uintptr_t up, uintptr_t y, int64_t count) {

@@ -31,6 +31,7 @@ enum Feature : Features {
     AMX_TILE = 1u << 17,
     AMX_BF16 = 1u << 18,
     OS_TILES = 1u << 19,
+    AVX512_VNNI = 1u << 20,
 };
 
 // What a compiler takes for granted when it is given the flags of an instruction set (ISA_FLAGS in build_tools/cpu.py; a test
@@ -38,7 +39,7 @@ enum Feature : Features {
 constexpr Features SCALAR_NEEDS = 0;
 constexpr Features AVX2_NEEDS = SSE3 | SSSE3 | SSE4_1 | SSE4_2 | POPCNT | AVX | F16C | FMA | AVX2 | OS_YMM;
 constexpr Features AVX512_NEEDS = AVX2_NEEDS | AVX512F | AVX512BW | AVX512VL | AVX512DQ | OS_ZMM;
-constexpr Features AVX512_BF16_NEEDS = AVX512_NEEDS | AVX512_BF16 | AVX512VBMI;
+constexpr Features AVX512_BF16_NEEDS = AVX512_NEEDS | AVX512_BF16 | AVX512VBMI | AVX512_VNNI;
 constexpr Features AMX_NEEDS = AVX512_BF16_NEEDS | AMX_TILE | AMX_BF16 | OS_TILES;
 
 // What the instructions CPUID (by leaf and register) and XGETBV answer; zero where a leaf or the instruction is missing.

@@ -6,11 +6,13 @@
 #include "dequantize.h"
 #include "encode.h"
 #include "extremes.h"
+#include "int8_tile.h"
 #include "linear.h"
 #include "pairs_dgrad.h"
 #include "pairs_dot.h"
 #include "pairs_skinny.h"
 #include "pairs_tile.h"
+#include "rows_to_int8.h"
 #include "search.h"
 
 #if QUANTLIB_ISA_LEVEL == 1 || QUANTLIB_ISA_LEVEL == 2
@@ -44,6 +46,12 @@ const Kernels kernels = {
 #else
     nullptr,
     nullptr,
+    nullptr,
+#endif
+    rows_to_int8,
+#ifdef QUANTLIB_HAS_INT8
+    int8_tile,
+#else
     nullptr,
 #endif
 #if QUANTLIB_ISA_LEVEL == 1 || QUANTLIB_ISA_LEVEL == 2

@@ -47,6 +47,7 @@ struct Runner {
         return kernels.attention(call);
     }
 
+    bool operator()(const Int8RowsCall& call) const { return kernels.rows_to_int8(call); }
     bool operator()(const NormCall& call) const { return kernels.rms_norm(call); }
     bool operator()(const GateCall& call) const { return kernels.gate(call); }
     bool operator()(const AddCall& call) const { return kernels.add_to(call); }

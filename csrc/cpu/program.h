@@ -43,7 +43,7 @@ struct AttentionStep {
     AttentionCall call;
 };
 
-using Step = std::variant<EmbedStep, ProductStep, NormCall, RotateStep, AttentionStep, GateCall, AddCall, DenseStep>;
+using Step = std::variant<EmbedStep, Int8RowsCall, ProductStep, NormCall, RotateStep, AttentionStep, GateCall, AddCall, DenseStep>;
 
 struct Program {
     int64_t capacity;  // positions

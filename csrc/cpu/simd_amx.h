@@ -40,32 +40,6 @@ class TileRegisters {
     TileRegisters& operator=(const TileRegisters&) = delete;
 };
 
-// A square of 32-bit lanes, turned over its diagonal.
-inline void transpose(Words (&a)[TILE]) {
-    Words b[TILE];
-    for (int i = 0; i < TILE; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < TILE; i += 4) {
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    // Quarter q of a[4s + j] holds rows 4s ... 4s + 3 of column 4q + j: whole quarters remain to be exchanged.
-    for (int j = 0; j < 4; ++j) {
-        const Words even_low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), odd_low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xDD);
-        const Words even_high = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
-        const Words odd_high = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xDD);
-        b[j] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
-        b[4 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
-        b[8 + j] = _mm512_shuffle_i32x4(even_low, even_high, 0xDD);
-        b[12 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xDD);
-    }
-    for (int i = 0; i < TILE; ++i) a[i] = b[i];
-}
-
 // Where the tiles of a factor lie, in words: from one to the next that it is summed over, to the second that is multiplied beside
 // the first, and from row to row.
 struct TileRows {

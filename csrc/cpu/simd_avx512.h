@@ -72,6 +72,32 @@ inline void unpack_six(const uint8_t* fours, const uint8_t* twos, Ints* codes) {
     codes[3] = _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(bytes, 3));
 }
 
+// A square of 32-bit lanes, turned over its diagonal.
+inline void transpose(Ints (&a)[LANES]) {
+    Ints b[LANES];
+    for (int i = 0; i < LANES; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < LANES; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    // Quarter q of a[4s + j] holds rows 4s ... 4s + 3 of column 4q + j: whole quarters remain to be exchanged.
+    for (int j = 0; j < 4; ++j) {
+        const Ints even_low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), odd_low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xDD);
+        const Ints even_high = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+        const Ints odd_high = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xDD);
+        b[j] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+        b[4 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+        b[8 + j] = _mm512_shuffle_i32x4(even_low, even_high, 0xDD);
+        b[12 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xDD);
+    }
+    for (int i = 0; i < LANES; ++i) a[i] = b[i];
+}
+
 // Look-ups
 
 inline Floats gather(const float* table, Ints index) { return _mm512_i32gather_ps(index, table, 4); }

@@ -59,6 +59,25 @@ struct LinearCall {
     int threads;
 };
 
+// The same for x in int8: `linear.x` holds [m, k] codes, contiguous, each 128 above its number; dtype is y's.
+struct Int8Call {
+    LinearCall linear;
+    const float* x_scales;  // [m]
+    float unit;             // every value of the weight's codec is a whole multiple of it, at most 127 of them, or -128
+};
+
+// x -> such codes and scales, or what they stand for; null: not wanted.
+struct Int8RowsCall {
+    int64_t m, k;
+    DType dtype;
+    const void* x;
+    int64_t x_row_stride, x_column_stride;  // in elements
+    uint8_t* codes;                         // [m, k] contiguous
+    float* scales;                          // [m]
+    void* rounded;                          // [m, k] contiguous, of x's dtype
+    int threads;
+};
+
 // Products that read the same x, in one step: calls that differ in their weight's n, and in weight, bias and y. A quantized weight
 // has the format of the first.
 template <class Call>
@@ -93,7 +112,7 @@ struct AddCall;
 struct DenseCall;
 
 // Those that return bool return false where scratch memory could not be had. Those with `pairs` are null where an instruction
-// set has no products of bf16 pairs, those with `amx` where it has no tile registers, those with `lookup` where it has no byte
+// set has no products of bf16 pairs, those with `amx` where it has no tile registers, `int8_tile` where it has no products of bytes, those with `lookup` where it has no byte
 // look-ups, or products of pairs instead.
 struct Kernels {
     bool (*linear)(const Joined<LinearCall>&);
@@ -104,6 +123,8 @@ struct Kernels {
     bool (*amx_dot)(const Joined<LinearCall>&);
     bool (*amx_linear)(const LinearCall&);
     bool (*amx_dgrad)(const LinearCall&);  // the same
+    bool (*rows_to_int8)(const Int8RowsCall&);
+    bool (*int8_tile)(const Int8Call&);
     bool (*lookup_dot)(const Joined<LinearCall>&);
     bool (*lookup_tile)(const LinearCall&);
     bool (*dequantize)(const DequantizeCall&);

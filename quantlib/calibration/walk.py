@@ -22,7 +22,6 @@ from quantlib.calibration.shelf import Shelf
 from quantlib.errors import QuantlibError, ShapeError
 from quantlib.running import call, evaluating, vocabulary_of
 
-
 KEPT = 2.5
 """What a block's layers read is kept up to so many times the hidden states' size; what is not is computed again."""
 
@@ -38,7 +37,7 @@ class Segment:
     name       of the block; "" for what lies outside blocks
     stages     names of linear layers that read one and the same input, in the order of their calls
     run        runs it over batch number i
-    shortcuts  for a layer that a module inside the segment ends with: told what the layer reads, [batches] or some of them, later
+    shortcuts  for a layer that a module inside the segment ends with: told what the layer reads, all [batches] or some, later
                runs don't compute it again, but let the module answer with the layer's answer to it
     home       where such inputs are kept; None: where they are
     room       bytes that they may take

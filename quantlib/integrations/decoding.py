@@ -17,6 +17,7 @@ from quantlib import dispatch
 from quantlib.errors import QuantlibError
 from quantlib.formats.base import Format
 from quantlib.kernels.base import get_declaration
+from quantlib.kernels.cpu import in_int8
 from quantlib.kernels.cpu_program import Program, Term, function_of
 from quantlib.nn import QuantLinear
 from quantlib.tensor import QuantizedTensor
@@ -241,7 +242,7 @@ class _Builder:
     def _linears(self, x: Tensor, modules: dict[str, nn.Module], gated: bool = False) -> list[Tensor]:
         """The products of layers that read the same x, into new tensors: one step for those of one kernel and format. `gated`:
         of two layers, and the first tensor becomes silu of it times the second."""
-        quantized: dict[tuple[str, Format], list[Term[QuantizedTensor]]] = {}
+        quantized: dict[tuple[str, Format, bool], list[Term[QuantizedTensor]]] = {}
         plain: list[Term[Tensor]] = []
         ys = []
         for name, module in modules.items():
@@ -252,18 +253,24 @@ class _Builder:
             ys.append(self._new(module.out_features))
             bias = None if module.bias is None else module.bias.detach()
             if isinstance(module, QuantLinear):
-                key = self._function(name, module), module.qweight.format
+                key = self._function(name, module), module.qweight.format, module.activations is not None
                 quantized.setdefault(key, []).append(Term(module.qweight, bias, ys[-1]))
             else:
                 plain.append(Term(module.weight.detach(), bias, ys[-1]))
         in_step = gated and len(quantized) + bool(plain) == 1
-        for (function, _), terms in quantized.items():
-            self.program.product(function, x, terms, in_step)
+        rounded = self._rounded(x) if any(rounds for _, _, rounds in quantized) else x
+        for (function, _, rounds), terms in quantized.items():
+            self.program.product(function, rounded if rounds else x, terms, in_step)
         if plain:
             self.program.dense(x, plain, in_step)
         if gated and not in_step:
             self.program.gate(ys[0], ys[1], ys[0])
         return ys
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        y = self._new(x.numel())
+        self.program.round(x, y)
+        return y
 
     def _function(self, name: str, layer: QuantLinear) -> str:
         """The cheapest product that a program can hold, or the one that the layer is bound to."""
@@ -271,7 +278,7 @@ class _Builder:
         names = [choice.kernel for choice in dispatch.choices(problem) if choice.cost is not None]
         for kernel in names if layer.kernel is None else [layer.kernel]:
             function = function_of(get_declaration(kernel))
-            if function is not None and layer.activations is None:
+            if function is not None and (layer.activations is None or in_int8(layer.activations)):
                 return function
         raise QuantlibError(
             f"a Decoder can't call the kernel of {name} ({layer.format}, activations={layer.activations}, "

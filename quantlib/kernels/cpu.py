@@ -65,6 +65,11 @@ def has_tiles() -> bool:
     return _cpu is not None and bool(_cpu.has_tiles())
 
 
+def has_int8() -> bool:
+    """Whether the instruction set that runs multiplies bytes."""
+    return _cpu is not None and bool(_cpu.has_int8())
+
+
 def has_lookup() -> bool:
     """Whether the instruction set that runs looks up bytes (AVX2, and AVX-512 without products of bf16 pairs)."""
     return _cpu is not None and bool(_cpu.has_lookup())
@@ -297,9 +302,33 @@ def predicted_decode_matmul(problem: Problem, kernel: str) -> float:
     return predicted(problem, kernel, decode_rate=5.7, peak_share=1.95)
 
 
+@lru_cache(maxsize=64)
+def in_int8(activations: str | None) -> bool:
+    """Whether a name of activations is the format int8's, which the extension rounds to."""
+    return activations is not None and get_format(activations) == get_format("int8")
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] of fp32, bf16 or fp16, any strides -> codes uint8 [M, K], 128 above their numbers, and scales fp32 [M]: those of
+    the format int8. A row with a number that isn't finite gets the scale NaN."""
+    codes, scales = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), dtype=torch.float32)
+    _rows_to_int8(x, codes.data_ptr(), scales.data_ptr(), 0)
+    return codes, scales
+
+
+def _rows_to_int8(x: Tensor, codes: int, scales: int, rounded: int) -> None:
+    _cpu.rows_to_int8(*x.shape, DTYPES[x.dtype], x.data_ptr(), *x.stride(), codes, scales, rounded, torch.get_num_threads())
+
+
 def rounded_activations(problem: Problem, x: Tensor) -> Tensor:
     """x, or x rounded to the format of the problem's activations and back."""
-    return x if problem.activations is None else round_trip(x, get_format(problem.activations))
+    if problem.activations is None:
+        return x
+    if not in_int8(problem.activations):
+        return round_trip(x, get_format(problem.activations))
+    rounded = torch.empty(x.shape, dtype=x.dtype)
+    _rows_to_int8(x, 0, 0, rounded.data_ptr())
+    return rounded
 
 
 class CpuLinear(Kernel):

@@ -108,6 +108,10 @@ class Program:
         width = weight.numel()
         self._native.norm(DTYPES[self.dtype], self._at(x), self._at(weight), self._at(y), x.numel() // width, width, epsilon)
 
+    def round(self, x: Tensor, y: Tensor) -> None:
+        """y = x rounded to the format int8 and back."""
+        self._native.round(DTYPES[self.dtype], self._at(x), self._at(y), x.numel())
+
     def rotate(self, x: Tensor, width: int, angles: tuple[Tensor, Tensor] | None, cache: Tensor | None) -> None:
         """Heads of `width` in x: rotated by the position's row of (cosine, sine) [capacity, width] where they are given, and
         stored in the position's place of a cache [heads, capacity, width], or in x itself."""
