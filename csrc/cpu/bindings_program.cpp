@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "dispatch.h"
 #include "program.h"
 #include "words.h"
 
@@ -63,6 +64,57 @@ void attention(Program& program, const std::string& dtype, uintptr_t q, uintptr_
                                            width, program.capacity, 0, scale, threads}});
 }
 
+using Strides = std::pair<int64_t, int64_t>;  // of positions and of heads, in elements
+
+void prompt_attention(const std::string& dtype, uintptr_t q, const Strides& q_strides, uintptr_t keys, const Strides& key_strides,
+                      uintptr_t values, const Strides& value_strides, uintptr_t y, int64_t m, int64_t start, int64_t heads,
+                      int64_t key_heads, int64_t width, float scale, int threads) {
+    const PromptAttentionCall call = {parse(DTYPES, dtype),
+                                      from(q),
+                                      q_strides.first,
+                                      q_strides.second,
+                                      from(keys),
+                                      key_strides.first,
+                                      key_strides.second,
+                                      from(values),
+                                      value_strides.first,
+                                      value_strides.second,
+                                      to(y),
+                                      m,
+                                      start,
+                                      heads,
+                                      key_heads,
+                                      width,
+                                      scale,
+                                      threads};
+    py::gil_scoped_release release;
+    if (!kernels().prompt_attention(call)) throw std::bad_alloc();
+}
+
+void run(bool done) {
+    if (!done) throw std::bad_alloc();
+}
+
+void prompt_norm(const std::string& dtype, uintptr_t x, uintptr_t weight, uintptr_t y, int64_t rows, int64_t width, float epsilon,
+                 int threads) {
+    const NormCall call = {parse(DTYPES, dtype), from(x), from(weight), to(y), rows, width, epsilon};
+    py::gil_scoped_release release;
+    run(kernels().prompt_norm(call, threads));
+}
+
+void prompt_gate(const std::string& dtype, uintptr_t gate, uintptr_t up, uintptr_t y, int64_t count, int threads) {
+    const GateCall call = {parse(DTYPES, dtype), from(gate), from(up), to(y), count};
+    py::gil_scoped_release release;
+    run(kernels().prompt_gate(call, threads));
+}
+
+void prompt_rotate(const std::string& dtype, uintptr_t x, uintptr_t cosine, uintptr_t sine, uintptr_t y, const Strides& y_strides,
+                   int64_t positions, int64_t heads, int64_t width, int threads) {
+    const RotateCall first = {parse(DTYPES, dtype), from(x), from(cosine), from(sine), to(y), y_strides.second, heads, width};
+    py::gil_scoped_release release;
+    run(kernels().prompt_rotate({first, positions, y_strides.first}, threads));
+}
+
 }  // namespace
 
 void bind_program(py::module_& module) {
@@ -90,6 +142,18 @@ void bind_program(py::module_& module) {
             program.steps.push_back(AddCall{parse(DTYPES, dtype), from(x), to(y), count});
         })
         .def("run", &Program::run, py::arg("token"), py::arg("position"), py::call_guard<py::gil_scoped_release>());
+    module.def("prompt_attention", &prompt_attention, py::arg("dtype"), py::arg("q"), py::arg("q_strides"), py::arg("keys"),
+               py::arg("key_strides"), py::arg("values"), py::arg("value_strides"), py::arg("y"), py::arg("m"), py::arg("start"),
+               py::arg("heads"), py::arg("key_heads"), py::arg("width"), py::arg("scale"), py::arg("threads"),
+               "y[m, heads, width], contiguous = causal attention of m positions behind the first `start`; strides of positions and heads.");
+    module.def("prompt_norm", &prompt_norm, py::arg("dtype"), py::arg("x"), py::arg("weight"), py::arg("y"), py::arg("rows"),
+               py::arg("width"), py::arg("epsilon"), py::arg("threads"), "y = weight * x / sqrt(mean(x^2) + epsilon), row by row.");
+    module.def("prompt_gate", &prompt_gate, py::arg("dtype"), py::arg("gate"), py::arg("up"), py::arg("y"), py::arg("count"),
+               py::arg("threads"), "y = silu(gate) * up.");
+    module.def("prompt_rotate", &prompt_rotate, py::arg("dtype"), py::arg("x"), py::arg("cosine"), py::arg("sine"), py::arg("y"),
+               py::arg("y_strides"), py::arg("positions"), py::arg("heads"), py::arg("width"), py::arg("threads"),
+               "x[positions, heads, width], rotated by cosine and sine [positions, width], or copied where they are 0; strides of "
+               "positions and heads.");
     py::list products;
     for (const auto& entry : PRODUCTS) products.append(entry.first);
     module.attr("PRODUCTS") = py::tuple(products);

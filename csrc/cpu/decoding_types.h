@@ -26,6 +26,12 @@ struct RotateCall {
     int64_t heads, width;
 };
 
+// The same of `positions` positions, whose x and angles lie one behind the other.
+struct PromptRotateCall {
+    RotateCall first;
+    int64_t positions, y_position_stride;  // in elements
+};
+
 // y[h] = softmax(scale * q[h] K^T) V over the first `positions` keys and values of the head's group.
 struct AttentionCall {
     DType dtype;
@@ -33,6 +39,22 @@ struct AttentionCall {
     const void *keys, *values;     // [key_heads, capacity, width]
     void* y;                       // [heads, width]
     int64_t heads, key_heads, width, capacity, positions;
+    float scale;
+    int threads;
+};
+
+// The same of `m` positions behind the first `start`, each of which sees those up to itself. Strides in elements, of positions and of
+// heads.
+struct PromptAttentionCall {
+    DType dtype;
+    const void* q;
+    int64_t q_stride, q_head_stride;
+    const void* keys;
+    int64_t key_stride, key_head_stride;
+    const void* values;
+    int64_t value_stride, value_head_stride;
+    void* y;  // [m, heads, width] contiguous
+    int64_t m, start, heads, key_heads, width;
     float scale;
     int threads;
 };

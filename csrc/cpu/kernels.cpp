@@ -12,6 +12,8 @@
 #include "pairs_dot.h"
 #include "pairs_skinny.h"
 #include "pairs_tile.h"
+#include "prompt_attention.h"
+#include "prompt_steps.h"
 #include "rows_to_int8.h"
 #include "search.h"
 
@@ -69,6 +71,10 @@ const Kernels kernels = {
     rms_norm,
     rotate,
     attention,
+    prompt_attention,
+    prompt_norm,
+    prompt_gate,
+    prompt_rotate,
     gate,
     add_to,
     dense,

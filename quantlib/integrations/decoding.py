@@ -1,8 +1,8 @@
 """Generating text on a CPU, one token after another, without torch between the products.
 
 A forward pass for one token of a small model takes transformers longer than the multiplications themselves: some forty calls
-per layer. A Decoder lists a model's calls once (quantlib/kernels/cpu_program.py); from then on a token is one call. Prompts go
-through the model itself.
+per layer. A Decoder lists them once (quantlib/kernels/cpu_program.py); from then on a token is one call. For a prompt the
+model's layers are called one by one, and the extension does what lies between (quantlib/kernels/cpu_prompt.py).
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from quantlib import dispatch
-from quantlib.errors import QuantlibError
+from quantlib.errors import KernelError, QuantlibError
 from quantlib.formats.base import Format
 from quantlib.kernels.base import get_declaration
 from quantlib.kernels.cpu import in_int8
 from quantlib.kernels.cpu_program import Program, Term, function_of
+from quantlib.kernels.cpu_prompt import prompt_attention, prompt_gate, prompt_norm, prompt_rotate
 from quantlib.nn import QuantLinear
 from quantlib.tensor import QuantizedTensor
 
@@ -69,23 +70,13 @@ class Decoder:
     @torch.inference_mode()
     def prefill(self, ids: Tensor) -> Tensor:
         """Add tokens [T] behind the present position; returns the logits [vocabulary] behind the last of them."""
-        from transformers import DynamicCache
-
         ids = ids.reshape(-1)
         self._check_room(ids.numel())
+        _check_ids(self.model, ids)
         self._looked = False
-        cache = DynamicCache(config=self.model.config)
-        if self.position:
-            for layer, (keys, values) in enumerate(self.caches):
-                cache.update(keys[None, :, : self.position], values[None, :, : self.position], layer)
-        stop = self.position + ids.numel()
-        positions = torch.arange(self.position, stop)
-        found = self.model.model(input_ids=ids[None], past_key_values=cache, position_ids=positions[None], use_cache=True)
-        for layer, (keys, values) in zip(cache.layers, self.caches, strict=True):
-            keys[:, self.position : stop] = layer.keys[0, :, self.position :]
-            values[:, self.position : stop] = layer.values[0, :, self.position :]
-        self.position = stop
-        logits: Tensor = self.model.lm_head(found.last_hidden_state[0, -1:])[0]
+        hidden = _Prompt(self.model, self.caches, self.position, ids).hidden()
+        self.position += ids.numel()
+        logits: Tensor = self.model.lm_head(hidden)[0]
         return logits
 
     def step(self, token: int) -> Tensor:
@@ -177,6 +168,50 @@ def _check(model: Any, max_length: int) -> None:
             f"a Decoder can't run this {kind}: its parameters are {', '.join(sorted(map(str, dtypes)))} on "
             f"{', '.join(sorted(places))}; expected one dtype, on the CPU"
         )
+
+
+def _check_ids(model: Any, ids: Tensor) -> None:
+    size = model.model.embed_tokens.num_embeddings
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= size:
+        raise KernelError(f"token {low if low < 0 else high} lies outside the vocabulary of {size}")
+
+
+class _Prompt:
+    """One forward pass over many positions: the products by the model's own layers, what lies between them by the extension."""
+
+    def __init__(self, model: Any, caches: list[tuple[Tensor, Tensor]], position: int, ids: Tensor) -> None:
+        self.base, self.caches, self.ids = model.model, caches, ids
+        self.width = _head_width(model.config)
+        self.start, self.stop = position, position + ids.numel()
+        cosine, sine = self.base.rotary_emb(caches[0][0], torch.arange(self.start, self.stop)[None])
+        self.angles = cosine[0], sine[0]
+
+    def hidden(self) -> Tensor:
+        """[1, hidden size]: what the output head reads behind the last position."""
+        hidden = self.base.embed_tokens(self.ids)
+        for layer, cache in zip(self.base.layers, self.caches, strict=True):
+            hidden += self._attention(layer.self_attn, _normed(layer.input_layernorm, hidden), cache)
+            mlp, x = layer.mlp, _normed(layer.post_attention_layernorm, hidden)
+            hidden += mlp.down_proj(prompt_gate(mlp.gate_proj(x), mlp.up_proj(x)))
+        return _normed(self.base.norm, hidden[-1:])
+
+    def _attention(self, module: Any, x: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = module.q_proj(x), module.k_proj(x), module.v_proj(x)
+        if hasattr(module, "q_norm"):
+            q, k = _normed(module.q_norm, q), _normed(module.k_norm, k)
+        keys, values = cache
+        turned = torch.empty_like(q).view(len(q), -1, self.width).transpose(0, 1)
+        prompt_rotate(q, self.angles, turned)
+        prompt_rotate(k, self.angles, keys[:, self.start : self.stop])
+        prompt_rotate(v, None, values[:, self.start : self.stop])
+        y = prompt_attention(turned, keys[:, : self.stop], values[:, : self.stop], module.scaling)
+        answer: Tensor = module.o_proj(y.view(len(q), -1))
+        return answer
+
+
+def _normed(module: Any, x: Tensor) -> Tensor:
+    return prompt_norm(x, module.weight, module.variance_epsilon)
 
 
 class _Builder:

@@ -1,0 +1,200 @@
+// Causal attention for many positions at once, in fp32: scores of a tile of queries against a block of keys, then what the block adds
+// to the tile's sums of values, which are kept as if the greatest score so far were the greatest of all and brought down where it
+// was not.
+//
+//     keys of a block --turned over--> [width][KEYS]      scores: lanes are keys; a number of a query meets all of them
+//     values of a block --> [KEYS][width]                 sums: lanes are columns
+//
+// Every query is summed over its keys in ascending order: no result depends on the number of threads, nor on the queries beside it.
+#pragma once
+
+#include "gate.h"
+#include "rows.h"
+
+namespace quantlib::cpu::QUANTLIB_ISA {
+
+constexpr int64_t PROMPT_KEYS = 512;                   // of a block: 128 KB each of keys and values of 64 columns
+constexpr int PROMPT_QUERIES = 6;                      // of a tile
+constexpr int PROMPT_COLUMNS = LANES == 16 ? 4 : 2;    // vectors of sums per query: registers hold 24, or 12
+constexpr int PROMPT_SCORES = 2;                       // vectors of scores per query
+constexpr int64_t PROMPT_STEP = PROMPT_SCORES * LANES;
+
+// One head's share of the queries, between blocks of keys.
+struct PromptState {
+    float* greatest;  // [m]
+    float* total;     // [m]: sum of weights
+    float* sums;      // [m][width padded]
+};
+
+struct PromptTile {
+    const PromptAttentionCall& call;
+    const int64_t padded;          // columns
+    const float *keys, *values;    // of the block: [padded][PROMPT_KEYS], [PROMPT_KEYS][padded]
+    float *queries, *scores;       // of the tile: [PROMPT_QUERIES][padded], [PROMPT_QUERIES][PROMPT_KEYS]
+
+    // scores = queries times keys, of `count` keys rounded up.
+    inline void score(int64_t count) const {
+        for (int64_t key = 0; key < count; key += PROMPT_STEP) {
+            Floats sum[PROMPT_QUERIES][PROMPT_SCORES];
+#pragma GCC unroll 8  // here and below: else sums go through memory
+            for (int q = 0; q < PROMPT_QUERIES; ++q) {
+                for (int v = 0; v < PROMPT_SCORES; ++v) sum[q][v] = zero();
+            }
+            for (int64_t i = 0; i < padded; ++i) {
+                Floats k[PROMPT_SCORES];
+                for (int v = 0; v < PROMPT_SCORES; ++v) k[v] = load(keys + i * PROMPT_KEYS + key + v * LANES);
+#pragma GCC unroll 8
+                for (int q = 0; q < PROMPT_QUERIES; ++q) {
+                    const Floats a = broadcast(queries[q * padded + i]);
+                    for (int v = 0; v < PROMPT_SCORES; ++v) sum[q][v] = multiply_add(a, k[v], sum[q][v]);
+                }
+            }
+#pragma GCC unroll 8
+            for (int q = 0; q < PROMPT_QUERIES; ++q) {
+                for (int v = 0; v < PROMPT_SCORES; ++v) {
+                    store(scores + q * PROMPT_KEYS + key + v * LANES, multiply(sum[q][v], broadcast(call.scale)));
+                }
+            }
+        }
+    }
+
+    // Scores of one query -> weights, 0 from key `own` on; returns what its sums so far are multiplied by.
+    inline float weigh(int q, int64_t own, int64_t count, float& greatest, float& total) const {
+        float* const score = scores + q * PROMPT_KEYS;
+        const int64_t stop = round_up(count, PROMPT_STEP);
+        if (own <= 0) {  // sees none of them
+            memset(score, 0, stop * sizeof(float));
+            return 1.0f;
+        }
+        for (int64_t key = own; key < stop; ++key) score[key] = -__builtin_inff();
+        Floats highest = broadcast(greatest);
+        for (int64_t key = 0; key < stop; key += LANES) highest = maximum(highest, load(score + key));
+        const float now = greatest_lane(highest);
+        Floats sum_of = zero();
+        for (int64_t key = 0; key < stop; key += LANES) {
+            const Floats weight = exponential(subtract(load(score + key), broadcast(now)));
+            store(score + key, weight);
+            sum_of = add(sum_of, weight);
+        }
+        float before[LANES];
+        store(before, exponential(broadcast(greatest - now)));
+        greatest = now;
+        total = total * before[0] + sum(sum_of);
+        return before[0];
+    }
+
+    // sums[q] = sums[q] * factor[q] + weights times values.
+    inline void add_values(const float (&factor)[PROMPT_QUERIES], int64_t count, float* const (&sums)[PROMPT_QUERIES]) const {
+        for (int64_t column = 0; column < padded; column += PROMPT_COLUMNS * LANES) {
+            Floats sum[PROMPT_QUERIES][PROMPT_COLUMNS];
+#pragma GCC unroll 8
+            for (int q = 0; q < PROMPT_QUERIES; ++q) {
+                for (int v = 0; v < PROMPT_COLUMNS; ++v) {
+                    sum[q][v] = multiply(load(sums[q] + column + v * LANES), broadcast(factor[q]));
+                }
+            }
+            for (int64_t key = 0; key < count; ++key) {
+                Floats value[PROMPT_COLUMNS];
+                for (int v = 0; v < PROMPT_COLUMNS; ++v) value[v] = load(values + key * padded + column + v * LANES);
+#pragma GCC unroll 8
+                for (int q = 0; q < PROMPT_QUERIES; ++q) {
+                    const Floats weight = broadcast(scores[q * PROMPT_KEYS + key]);
+                    for (int v = 0; v < PROMPT_COLUMNS; ++v) sum[q][v] = multiply_add(weight, value[v], sum[q][v]);
+                }
+            }
+#pragma GCC unroll 8
+            for (int q = 0; q < PROMPT_QUERIES; ++q) {
+                for (int v = 0; v < PROMPT_COLUMNS; ++v) store(sums[q] + column + v * LANES, sum[q][v]);
+            }
+        }
+    }
+
+    // Queries first ... of a head with the block's keys, which begin at `start`.
+    inline void run(int64_t head, int64_t first, int64_t start, int64_t stop, const PromptState& state) const {
+        const int64_t last = least(call.m, first + PROMPT_QUERIES) - 1;
+        const int64_t count = least(stop, call.start + last + 1) - start;  // keys that the last of them sees
+        if (count <= 0) return;
+        const int64_t size = item_size(call.dtype);
+        float factor[PROMPT_QUERIES];
+        float* sums[PROMPT_QUERIES];
+        for (int q = 0; q < PROMPT_QUERIES; ++q) {
+            const int64_t m = least(first + q, last);  // behind the last query stands the last again
+            const uint8_t* from = static_cast<const uint8_t*>(call.q) + (m * call.q_stride + head * call.q_head_stride) * size;
+            memset(queries + q * padded + call.width, 0, (padded - call.width) * sizeof(float));
+            read_numbers(call.dtype, from, call.width, queries + q * padded);
+        }
+        score(count);
+        float unused[2] = {};
+        for (int q = 0; q < PROMPT_QUERIES; ++q) {
+            const int64_t m = least(first + q, last);
+            const bool repeated = first + q > last;
+            if (repeated) unused[0] = state.greatest[m], unused[1] = state.total[m];
+            factor[q] = weigh(q, call.start + m + 1 - start, count, repeated ? unused[0] : state.greatest[m],
+                              repeated ? unused[1] : state.total[m]);
+            sums[q] = state.sums + (repeated ? call.m + q : m) * padded;
+        }
+        add_values(factor, count, sums);
+    }
+};
+
+// Columns in whole passes of add_values.
+inline int64_t prompt_width(int64_t width) { return round_up(width, PROMPT_COLUMNS * LANES); }
+
+inline bool prompt_attention(const PromptAttentionCall& call) {
+    if (call.m == 0) return true;
+    const int64_t padded = prompt_width(call.width), positions = call.start + call.m, size = item_size(call.dtype);
+    const int64_t group = call.heads / call.key_heads, tiles = (call.m + PROMPT_QUERIES - 1) / PROMPT_QUERIES;
+    const int64_t head_floats = round_up(2 * call.m, LANES) + (call.m + PROMPT_QUERIES) * padded;
+    const int64_t own = PROMPT_QUERIES * (padded + PROMPT_KEYS);
+    const int threads = useful_threads(call.m * positions * call.width, call.threads);
+    const Scratch block(2 * padded * PROMPT_KEYS), states(group * head_floats), scratch(threads * own);
+    if (block.floats == nullptr || states.floats == nullptr || scratch.floats == nullptr) return false;
+    float *const keys = block.floats, *const values = keys + padded * PROMPT_KEYS;
+    const auto state_of = [&](int64_t h) {
+        float* memory = states.floats + h * head_floats;
+        return PromptState{memory, memory + call.m, memory + round_up(2 * call.m, LANES)};
+    };
+
+    for (int64_t key_head = 0; key_head < call.key_heads; ++key_head) {
+        for (int64_t h = 0; h < group; ++h) {
+            const PromptState state = state_of(h);
+            memset(state.greatest, 0, head_floats * sizeof(float));
+            for (int64_t m = 0; m < call.m; ++m) state.greatest[m] = -__builtin_inff();
+        }
+        const uint8_t* key_from = static_cast<const uint8_t*>(call.keys) + key_head * call.key_head_stride * size;
+        const uint8_t* value_from = static_cast<const uint8_t*>(call.values) + key_head * call.value_head_stride * size;
+        for (int64_t start = 0; start < positions; start += PROMPT_KEYS) {
+            const int64_t stop = least(positions, start + PROMPT_KEYS), steps = round_up(stop - start, PROMPT_STEP) / PROMPT_STEP;
+#pragma omp parallel for schedule(static) num_threads(threads)
+            for (int64_t step = 0; step < steps; ++step) {
+                for (int64_t key = step * PROMPT_STEP; key < (step + 1) * PROMPT_STEP; ++key) {
+                    float* value = values + key * padded;
+                    memset(value, 0, padded * sizeof(float));
+                    if (start + key < stop) read_numbers(call.dtype, key_from + (start + key) * call.key_stride * size, call.width, value);
+                    for (int64_t i = 0; i < padded; ++i) keys[i * PROMPT_KEYS + key] = value[i];
+                    if (start + key < stop) read_numbers(call.dtype, value_from + (start + key) * call.value_stride * size, call.width, value);
+                }
+            }
+#pragma omp parallel for schedule(static) num_threads(threads)
+            for (int part = 0; part < threads; ++part) {
+                float* memory = scratch.floats + part * own;
+                const PromptTile tile{call, padded, keys, values, memory, memory + PROMPT_QUERIES * padded};
+                for (int64_t at = part; at < group * tiles; at += threads) {  // later queries see more keys: by turns
+                    tile.run(key_head * group + at / tiles, at % tiles * PROMPT_QUERIES, start, stop, state_of(at / tiles));
+                }
+            }
+        }
+        for (int64_t h = 0; h < group; ++h) {
+            const PromptState state = state_of(h);
+            for (int64_t m = 0; m < call.m; ++m) {
+                float* const sums = state.sums + m * padded;
+                for (int64_t i = 0; i < padded; i += LANES) store(sums + i, multiply(load(sums + i), broadcast(1.0f / state.total[m])));
+                uint8_t* const to = static_cast<uint8_t*>(call.y) + (m * call.heads + key_head * group + h) * call.width * size;
+                write_numbers(call.dtype, sums, call.width, to);
+            }
+        }
+    }
+    return true;
+}
+
+}  // namespace quantlib::cpu::QUANTLIB_ISA
