@@ -78,7 +78,7 @@ def prompt_attention(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> T
     key_heads, positions, _ = keys.shape
     if keys.shape != values.shape or keys.shape[2] != width or heads % max(1, key_heads) or positions < m:
         raise ShapeError(
-            "attention takes q [heads, M, width] and keys and values [key heads, at least M, width], heads a multiple of those; "
+            "attention takes q [heads, M, width], keys and values [key heads, at least M, width], heads a multiple of those; "
             f"found {list(q.shape)}, {list(keys.shape)} and {list(values.shape)}"
         )
     dtype = _dtype_of(q, keys, values)
