@@ -126,12 +126,15 @@ struct DotMemory {
 class Stream {
   public:
     Stream() = default;
-    Stream(const Run& run, const RowNumbers& numbers, int64_t stop) : run_(run), numbers_(numbers), stop_(stop) {}
+    // `early`: rows that the first run falls short of a whole one, so that streams side by side don't expand at once.
+    Stream(const Run& run, const RowNumbers& numbers, int64_t stop, int64_t early)
+        : run_(run), numbers_(numbers), stop_(stop), early_(early) {}
     // The numbers of a row: the one asked for before, the next, or one anywhere. expand(row, rows, numbers) fills those of a run.
     template <class Expand>
     inline RowNumbers at(int64_t row, const Expand& expand) {
         if (row < first_ || row >= end_) {
-            first_ = row, end_ = least(stop_, row + run_.rows);
+            first_ = row, end_ = least(stop_, row + run_.rows - early_);
+            early_ = 0;
             expand(first_, end_ - first_, numbers_);
         }
         const int64_t offset = (row - first_) * run_.stride;
@@ -141,7 +144,7 @@ class Stream {
   private:
     Run run_;
     RowNumbers numbers_ = {};
-    int64_t stop_ = 0, first_ = 0, end_ = 0;
+    int64_t stop_ = 0, early_ = 0, first_ = 0, end_ = 0;
 };
 
 // Call multiply(ROWS rows, their numbers, where their products go) for rows start ... stop, and write what it makes. The rows lie
@@ -152,7 +155,7 @@ inline void multiply_streams(const LinearCall& call, int64_t start, int64_t stop
     const int64_t part = (stop - start + ROWS - 1) / ROWS;
     Stream streams[ROWS];
     for (int s = 0; s < ROWS; ++s) {
-        streams[s] = Stream(memory.run, memory.numbers[s], least(stop, start + (s + 1) * part));
+        streams[s] = Stream(memory.run, memory.numbers[s], least(stop, start + (s + 1) * part), memory.run.rows * s / ROWS);
     }
     for (int64_t done = 0; done < part; done += WRITE_ROWS) {
         const int64_t count = least(WRITE_ROWS, part - done);
