@@ -1,4 +1,4 @@
-"""Between the products of a prompt: attention against fp64, small steps with torch's bits, on every instruction set."""
+"""Between the products of a prompt: attention against fp64, small steps against torch, on every instruction set."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_strides_do_not_matter(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("rows", [0, 1, 700])
-def test_small_steps_have_torchs_bits(rows: int, dtype: torch.dtype, isa: str) -> None:
+def test_small_steps_are_torchs(rows: int, dtype: torch.dtype, isa: str) -> None:
     torch.manual_seed(rows)
     x, up = torch.randn(rows, 240).to(dtype), torch.randn(rows, 240).to(dtype)
     found = for_numbers_of_threads(lambda: prompt_gate(x, up))

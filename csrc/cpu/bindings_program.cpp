@@ -64,6 +64,10 @@ void attention(Program& program, const std::string& dtype, uintptr_t q, uintptr_
                                            width, program.capacity, 0, scale, threads}});
 }
 
+void run(bool done) {
+    if (!done) throw std::bad_alloc();
+}
+
 using Strides = std::pair<int64_t, int64_t>;  // of positions and of heads, in elements
 
 void prompt_attention(const std::string& dtype, uintptr_t q, const Strides& q_strides, uintptr_t keys, const Strides& key_strides,
@@ -88,11 +92,7 @@ void prompt_attention(const std::string& dtype, uintptr_t q, const Strides& q_st
                                       scale,
                                       threads};
     py::gil_scoped_release release;
-    if (!kernels().prompt_attention(call)) throw std::bad_alloc();
-}
-
-void run(bool done) {
-    if (!done) throw std::bad_alloc();
+    run(kernels().prompt_attention(call));
 }
 
 void prompt_norm(const std::string& dtype, uintptr_t x, uintptr_t weight, uintptr_t y, int64_t rows, int64_t width, float epsilon,

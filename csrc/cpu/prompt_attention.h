@@ -19,12 +19,27 @@ constexpr int PROMPT_COLUMNS = LANES == 16 ? 4 : 2;    // vectors of sums per qu
 constexpr int PROMPT_SCORES = 2;                       // vectors of scores per query
 constexpr int64_t PROMPT_STEP = PROMPT_SCORES * LANES;
 
-// One head's share of the queries, between blocks of keys.
+// One head's share of the queries, between blocks of keys; a last tile that is not whole has room behind the last query.
 struct PromptState {
-    float* greatest;  // [m]
-    float* total;     // [m]: sum of weights
-    float* sums;      // [m][width padded]
+    float* greatest;  // [m + PROMPT_QUERIES]
+    float* total;     // the same: sum of weights
+    float* sums;      // the same, [width padded] each
 };
+
+// sum[q][v] += a[q][i] * vector v of b[i], for `count` i in ascending order.
+template <int VECTORS_OF_B>
+QUANTLIB_INLINE void add_products(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t count,
+                                  Floats (&sum)[PROMPT_QUERIES][VECTORS_OF_B]) {
+    for (int64_t i = 0; i < count; ++i) {
+        Floats vectors[VECTORS_OF_B];
+        for (int v = 0; v < VECTORS_OF_B; ++v) vectors[v] = load(b + i * b_stride + v * LANES);
+#pragma GCC unroll 8  // here and below: else sums go through memory
+        for (int q = 0; q < PROMPT_QUERIES; ++q) {
+            const Floats each = broadcast(a[q * a_stride + i]);
+            for (int v = 0; v < VECTORS_OF_B; ++v) sum[q][v] = multiply_add(each, vectors[v], sum[q][v]);
+        }
+    }
+}
 
 struct PromptTile {
     const PromptAttentionCall& call;
@@ -36,19 +51,11 @@ struct PromptTile {
     inline void score(int64_t count) const {
         for (int64_t key = 0; key < count; key += PROMPT_STEP) {
             Floats sum[PROMPT_QUERIES][PROMPT_SCORES];
-#pragma GCC unroll 8  // here and below: else sums go through memory
+#pragma GCC unroll 8
             for (int q = 0; q < PROMPT_QUERIES; ++q) {
                 for (int v = 0; v < PROMPT_SCORES; ++v) sum[q][v] = zero();
             }
-            for (int64_t i = 0; i < padded; ++i) {
-                Floats k[PROMPT_SCORES];
-                for (int v = 0; v < PROMPT_SCORES; ++v) k[v] = load(keys + i * PROMPT_KEYS + key + v * LANES);
-#pragma GCC unroll 8
-                for (int q = 0; q < PROMPT_QUERIES; ++q) {
-                    const Floats a = broadcast(queries[q * padded + i]);
-                    for (int v = 0; v < PROMPT_SCORES; ++v) sum[q][v] = multiply_add(a, k[v], sum[q][v]);
-                }
-            }
+            add_products(queries, padded, keys + key, PROMPT_KEYS, padded, sum);
 #pragma GCC unroll 8
             for (int q = 0; q < PROMPT_QUERIES; ++q) {
                 for (int v = 0; v < PROMPT_SCORES; ++v) {
@@ -93,15 +100,7 @@ struct PromptTile {
                     sum[q][v] = multiply(load(sums[q] + column + v * LANES), broadcast(factor[q]));
                 }
             }
-            for (int64_t key = 0; key < count; ++key) {
-                Floats value[PROMPT_COLUMNS];
-                for (int v = 0; v < PROMPT_COLUMNS; ++v) value[v] = load(values + key * padded + column + v * LANES);
-#pragma GCC unroll 8
-                for (int q = 0; q < PROMPT_QUERIES; ++q) {
-                    const Floats weight = broadcast(scores[q * PROMPT_KEYS + key]);
-                    for (int v = 0; v < PROMPT_COLUMNS; ++v) sum[q][v] = multiply_add(weight, value[v], sum[q][v]);
-                }
-            }
+            add_products(scores, PROMPT_KEYS, values + column, padded, count, sum);
 #pragma GCC unroll 8
             for (int q = 0; q < PROMPT_QUERIES; ++q) {
                 for (int v = 0; v < PROMPT_COLUMNS; ++v) store(sums[q] + column + v * LANES, sum[q][v]);
@@ -124,14 +123,10 @@ struct PromptTile {
             read_numbers(call.dtype, from, call.width, queries + q * padded);
         }
         score(count);
-        float unused[2] = {};
         for (int q = 0; q < PROMPT_QUERIES; ++q) {
-            const int64_t m = least(first + q, last);
-            const bool repeated = first + q > last;
-            if (repeated) unused[0] = state.greatest[m], unused[1] = state.total[m];
-            factor[q] = weigh(q, call.start + m + 1 - start, count, repeated ? unused[0] : state.greatest[m],
-                              repeated ? unused[1] : state.total[m]);
-            sums[q] = state.sums + (repeated ? call.m + q : m) * padded;
+            const int64_t m = first + q;
+            factor[q] = weigh(q, call.start + least(m, last) + 1 - start, count, state.greatest[m], state.total[m]);
+            sums[q] = state.sums + m * padded;
         }
         add_values(factor, count, sums);
     }
@@ -144,7 +139,7 @@ inline bool prompt_attention(const PromptAttentionCall& call) {
     if (call.m == 0) return true;
     const int64_t padded = prompt_width(call.width), positions = call.start + call.m, size = item_size(call.dtype);
     const int64_t group = call.heads / call.key_heads, tiles = (call.m + PROMPT_QUERIES - 1) / PROMPT_QUERIES;
-    const int64_t head_floats = round_up(2 * call.m, LANES) + (call.m + PROMPT_QUERIES) * padded;
+    const int64_t room = call.m + PROMPT_QUERIES, head_floats = round_up(2 * room, LANES) + room * padded;
     const int64_t own = PROMPT_QUERIES * (padded + PROMPT_KEYS);
     const int threads = useful_threads(call.m * positions * call.width, call.threads);
     const Scratch block(2 * padded * PROMPT_KEYS), states(group * head_floats), scratch(threads * own);
@@ -152,14 +147,14 @@ inline bool prompt_attention(const PromptAttentionCall& call) {
     float *const keys = block.floats, *const values = keys + padded * PROMPT_KEYS;
     const auto state_of = [&](int64_t h) {
         float* memory = states.floats + h * head_floats;
-        return PromptState{memory, memory + call.m, memory + round_up(2 * call.m, LANES)};
+        return PromptState{memory, memory + room, memory + round_up(2 * room, LANES)};
     };
 
     for (int64_t key_head = 0; key_head < call.key_heads; ++key_head) {
         for (int64_t h = 0; h < group; ++h) {
             const PromptState state = state_of(h);
             memset(state.greatest, 0, head_floats * sizeof(float));
-            for (int64_t m = 0; m < call.m; ++m) state.greatest[m] = -__builtin_inff();
+            for (int64_t m = 0; m < room; ++m) state.greatest[m] = -__builtin_inff();
         }
         const uint8_t* key_from = static_cast<const uint8_t*>(call.keys) + key_head * call.key_head_stride * size;
         const uint8_t* value_from = static_cast<const uint8_t*>(call.values) + key_head * call.value_head_stride * size;
@@ -170,9 +165,11 @@ inline bool prompt_attention(const PromptAttentionCall& call) {
                 for (int64_t key = step * PROMPT_STEP; key < (step + 1) * PROMPT_STEP; ++key) {
                     float* value = values + key * padded;
                     memset(value, 0, padded * sizeof(float));
-                    if (start + key < stop) read_numbers(call.dtype, key_from + (start + key) * call.key_stride * size, call.width, value);
+                    const int64_t position = start + key;
+                    const bool there = position < stop;
+                    if (there) read_numbers(call.dtype, key_from + position * call.key_stride * size, call.width, value);
                     for (int64_t i = 0; i < padded; ++i) keys[i * PROMPT_KEYS + key] = value[i];
-                    if (start + key < stop) read_numbers(call.dtype, value_from + (start + key) * call.value_stride * size, call.width, value);
+                    if (there) read_numbers(call.dtype, value_from + position * call.value_stride * size, call.width, value);
                 }
             }
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -188,7 +185,8 @@ inline bool prompt_attention(const PromptAttentionCall& call) {
             const PromptState state = state_of(h);
             for (int64_t m = 0; m < call.m; ++m) {
                 float* const sums = state.sums + m * padded;
-                for (int64_t i = 0; i < padded; i += LANES) store(sums + i, multiply(load(sums + i), broadcast(1.0f / state.total[m])));
+                const Floats share = broadcast(1.0f / state.total[m]);
+                for (int64_t i = 0; i < padded; i += LANES) store(sums + i, multiply(load(sums + i), share));
                 uint8_t* const to = static_cast<uint8_t*>(call.y) + (m * call.heads + key_head * group + h) * call.width * size;
                 write_numbers(call.dtype, sums, call.width, to);
             }
