@@ -21,6 +21,7 @@ from torch import Tensor
 
 import quantlib
 from bench import llama_cpp
+from bench.cpu_layers import IN_INT8
 from bench.gguf_export import read_nbytes, read_types, write_gguf
 from quantlib.integrations.decoding import Decoder
 from quantlib.running import structural_copy
@@ -64,12 +65,12 @@ VARIANTS = (
     Variant(None),
     Variant(None, dtype=torch.float32),
     *(Variant(spec, HEAD, decoder=True) for spec in SPECS),
-    *(Variant(spec, HEAD, decoder=True, activations="int8") for spec in ("int4-g32", "nvfp4", "q4_k")),
+    *(Variant(spec, HEAD, decoder=True, activations="int8") for spec in IN_INT8),
     Variant("int4-g32", decoder=True),
     Variant("int4-g32", HEAD, torch.float32, decoder=True),
     Variant("int4-g32", HEAD),
 )
-"""llama.cpp quantizes the output head too, to 8 bits, and rounds x to 8 bits; so do most of these, and three."""
+"""llama.cpp quantizes the output head too, to 8 bits, as most of these do, and rounds x to 8 bits, as those of IN_INT8 do."""
 KINDS = ("q4_0", "q4_1", "q4_k", "q8_0")
 LLAMA = "llama.cpp "
 """What the names of llama.cpp's entries begin with."""

@@ -46,10 +46,10 @@ constexpr Entry ENTRIES[] = {
     {"os_zmm", OS_ZMM, &CpuRegisters::xcr0, 0xE6u},
     {"avx512_bf16", AVX512_BF16, &CpuRegisters::leaf7_1_eax, 1u << 5},
     {"avx512vbmi", AVX512VBMI, &CpuRegisters::leaf7_ecx, 1u << 1},
-    {"avx512_vnni", AVX512_VNNI, &CpuRegisters::leaf7_ecx, 1u << 11},
     {"amx_tile", AMX_TILE, &CpuRegisters::leaf7_edx, 1u << 24},
     {"amx_bf16", AMX_BF16, &CpuRegisters::leaf7_edx, 1u << 22},
     {"os_tiles", OS_TILES, &CpuRegisters::xcr0, TILE_STATE},
+    {"avx512_vnni", AVX512_VNNI, &CpuRegisters::leaf7_ecx, 1u << 11},
 };
 
 // Linux gives the 8 KB of tile registers to processes that ask (Documentation/arch/x86/xstate.rst); others give them to all.

@@ -45,7 +45,9 @@ QUANTLIB_INLINE Ints code_bytes(const Planes& planes, int64_t at) {
     constexpr int FIRST = PLANE_WIDTHS[BITS][0], SECOND = PLANE_WIDTHS[BITS][1], THIRD = PLANE_WIDTHS[BITS][2];
     Ints codes = plane_bytes<FIRST>(planes.plane[0] + at * (8 * FIRST));
     // What moves up does not leave its byte.
-    if constexpr (SECOND != 0) codes = either(codes, _mm512_slli_epi16(plane_bytes<SECOND>(planes.plane[1] + at * (8 * SECOND)), FIRST));
+    if constexpr (SECOND != 0) {
+        codes = either(codes, _mm512_slli_epi16(plane_bytes<SECOND>(planes.plane[1] + at * (8 * SECOND)), FIRST));
+    }
     if constexpr (THIRD != 0) {
         codes = either(codes, _mm512_slli_epi16(plane_bytes<THIRD>(planes.plane[2] + at * (8 * THIRD)), FIRST + SECOND));
     }

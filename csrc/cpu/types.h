@@ -114,8 +114,8 @@ struct AddCall;
 struct DenseCall;
 
 // Those that return bool return false where scratch memory could not be had. Those with `pairs` are null where an instruction
-// set has no products of bf16 pairs, those with `amx` where it has no tile registers, `int8_tile` where it has no products of bytes, those with `lookup` where it has no byte
-// look-ups, or products of pairs instead.
+// set has no products of bf16 pairs, those with `amx` where it has no tile registers, `int8_tile` where it has no products of bytes,
+// those with `lookup` where it has no byte look-ups, or products of pairs instead.
 struct Kernels {
     bool (*linear)(const Joined<LinearCall>&);
     bool (*pairs_dot)(const Joined<LinearCall>&);
