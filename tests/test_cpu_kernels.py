@@ -22,7 +22,7 @@ from quantlib.formats import Format, get_format, register, unregister
 from quantlib.formats.block import Block
 from quantlib.formats.codecs import Affine, Minifloat, Table
 from quantlib.formats.packing import packed_width
-from quantlib.formats.scales import E8M0Scale, FloatScale, SuperScale
+from quantlib.formats.scales import E4M3GlobalScale, E8M0Scale, FloatScale, SuperScale
 from quantlib.kernels import cpu, get_kernel
 from quantlib.kernels.base import Operation
 from quantlib.testing import assert_close, assert_same_bits, random_weight
@@ -48,8 +48,10 @@ UNUSUAL: tuple[Format, ...] = (
     Format("int4-8-asym", Affine(4, signed=False), Block(1, 8), FloatScale(torch.bfloat16), zero="integer"),
     Format("int6-minimum", Affine(6, signed=False), Block(1, 16), FloatScale(torch.float32, has_minimum=True), zero="minimum"),
     Format("e3m2", Minifloat(3, 2), Block(1, 32), E8M0Scale()),
+    Format("e4m3-scales", Affine(4), Block(1, 16), E4M3GlobalScale()),
     Format("super-3", Affine(3, signed=True), Block(1, 16), SuperScale(bits=6, count=16, signed=True)),
     Format("super-5", Affine(5, signed=False), Block(1, 32), SuperScale(bits=6, count=8, has_minimum=True), zero="minimum"),
+    Format("super-signed", Affine(4, signed=True), Block(1, 32), SuperScale(bits=6, count=8, signed=True)),
     Format("super-4", Affine(4, signed=False), Block(1, 16), SuperScale(bits=4, count=16, has_minimum=True), zero="minimum"),
 )
 """What no family builds: every width, blocks that no vector fits, tables that lie in any order, small super-scales."""
@@ -70,6 +72,8 @@ def quantized(spec: str, n: int, k: int) -> quantlib.QuantizedTensor:
         if part.dtype == torch.uint8:
             low, high = (100, 140) if fmt.scale.kind == "e8m0" and name == "scales" else (0, 256)
             parts[name] = torch.randint(low, high, part.shape, generator=generator, dtype=torch.uint8)
+            if fmt.scale.kind == "e4m3_global" and name == "scales":
+                parts[name][(parts[name] & 0x7F) == 0x7F] = 0  # but for NaN
         else:
             parts[name] = torch.randn(part.shape, generator=generator).to(part.dtype)
     assert parts["codes"].shape == (n, packed_width(fmt.padded(k), fmt.codec.bits))
@@ -128,7 +132,8 @@ SPECS = (*cases.FORMATS, *(fmt.name for fmt in UNUSUAL))
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_dequantize_has_the_bits_of_the_formats_law(spec: str, isa: str) -> None:
-    for n, k in cases.SHAPES:
+    """Also with more than 64 scales to a row, which are read together."""
+    for n, k in (*cases.SHAPES, (3, 2304)):
         weight = quantized(spec, n, k)
         for dtype in cases.DTYPES:
             decoded = weight.format.decode(weight.parts, n, k, dtype)

@@ -95,6 +95,7 @@ Plan make_plan(const PlanArguments& a) {
     if (plan.scale == ScaleKind::super && (a.super_count < 1 || a.super_bits < 1 || a.super_bits > 8)) {
         throw std::invalid_argument("super scales need 1..8 bits and a positive count");
     }
+    plan.supers_across = plan.scale == ScaleKind::super ? a.blocks_across / a.super_count : 0;
     if (plan.scale == ScaleKind::double_quant) fill(plan.scale_values, a.scale_values, "scale_values");
     plan.has_zero = a.has_zero, plan.has_minimum = a.has_minimum;
     return plan;

@@ -4,6 +4,7 @@
 
 #include "convert.h"
 #include "planes.h"
+#include "simd_vbmi.h"
 
 namespace quantlib::cpu::QUANTLIB_ISA {
 
@@ -24,16 +25,20 @@ inline int64_t row_capacity(const Plan& plan) {
     return round_up(most(pieces_of(plan, plan.piece), plan.blocks_across) + 64, CHUNK);
 }
 
-// E4M3 codes times `factor`; `to` has a vector to spare.
+#ifndef QUANTLIB_HAS_E4M3_RUN
+constexpr int E4M3_RUN = LANES;  // E4M3 codes that are read together
+inline void read_e4m3_run(const uint8_t* codes, Floats factor, float* to) { store(to, multiply(load_e4m3(codes), factor)); }
+#endif
+
+// E4M3 codes times `factor`; `to` has 64 numbers to spare.
 inline void read_e4m3(const uint8_t* codes, int64_t count, float factor, float* to) {
     const Floats scale = broadcast(factor);
     int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) store(to + i, multiply(load_e4m3(codes + i), scale));
-    if (i < count) {
-        uint8_t run[16] = {};
-        memcpy(run, codes + i, count - i);
-        store(to + i, multiply(load_e4m3(run), scale));
-    }
+    for (; i + E4M3_RUN <= count; i += E4M3_RUN) read_e4m3_run(codes + i, scale, to + i);
+    if (i == count) return;
+    uint8_t run[64] = {};  // so that no byte beyond the codes is read
+    memcpy(run, codes + i, count - i);
+    read_e4m3_run(run, scale, to + i);
 }
 
 inline void read_e8m0(const uint8_t* codes, int64_t count, float* to) {
@@ -75,15 +80,29 @@ inline void scale_supers(float* to, const float* units, int64_t count, float off
     }
 }
 
+// Scales of scales: `rows` rows of blocks, whose codes are packed row by row.
+struct SuperRows {
+    int64_t across, row_bytes, unit_bytes;
+    const uint8_t *codes, *units;  // of the first row
+    SuperRows(const Plan& plan, const uint8_t* all_codes, const uint8_t* all_units, int64_t block_row)
+        : across(plan.blocks_across), row_bytes((across * plan.super_bits + 7) / 8),
+          unit_bytes(plan.supers_across * 2), codes(all_codes + block_row * row_bytes),
+          units(all_units + block_row * unit_bytes) {}
+
+    static constexpr int64_t MOST = 1024;  // codes that are read together
+    // The planes of short rows are moved together first: most of what is read at once would be empty.
+    bool joins(int64_t rows) const { return rows > 1 && across % 64 != 0 && across % 8 == 0 && rows * across <= MOST; }
+};
+
 #ifdef QUANTLIB_HAS_SIX
 constexpr int SIX_RUN = 64, SIX_UNITS = SIX_RUN / 8;  // codes of K-quants that are read together, and their units
 
 // to[i] = (code - offset) * its unit for `count` codes, a multiple of eight, eight of which share a unit. `to` has room for whole
 // runs; behind the last code comes what means nothing.
-inline void read_six(const Planes& planes, const uint8_t* units, int64_t count, Floats offset, float* to) {
+inline void read_six(const Planes& planes, const uint8_t* units, int64_t count, const SixNumbers& numbers, float* to) {
     const int64_t whole = count / SIX_RUN * SIX_RUN, rest = count - whole;
     for (int64_t i = 0; i < whole; i += SIX_RUN) {
-        read_six_run(planes.plane[0] + i / 2, planes.plane[1] + i / 4, units + i / 4, offset, to + i);
+        read_six_run(planes.plane[0] + i / 2, planes.plane[1] + i / 4, units + i / 4, numbers, to + i);
     }
     if (rest == 0) return;
     // From a copy, so that no byte beyond the codes is read.
@@ -91,17 +110,12 @@ inline void read_six(const Planes& planes, const uint8_t* units, int64_t count, 
     memcpy(fours, planes.plane[0] + whole / 2, rest / 2);
     memcpy(twos, planes.plane[1] + whole / 4, rest / 4);
     memcpy(tail, units + whole / 4, rest / 4);
-    read_six_run(fours, twos, tail, offset, to + whole);
+    read_six_run(fours, twos, tail, numbers, to + whole);
 }
 #endif
 
 // `count` codes of one row, whose units begin at `units`; `to` has 64 numbers to spare.
 inline void read_super_row(const Plan& plan, const uint8_t* codes, const uint8_t* units, int64_t count, float* to) {
-#ifdef QUANTLIB_HAS_SIX
-    if (plan.super_bits == 6 && plan.super_count == 8) {
-        return read_six(planes_of(6, codes, count), units, count, broadcast(plan.super_offset), to);
-    }
-#endif
     const int64_t supers = count / plan.super_count;
     read_integers(plan.super_bits, codes, count, to);
     for (int64_t start = 0; start < supers; start += CHUNK) {
@@ -124,21 +138,32 @@ inline void read_super_row(const Plan& plan, const uint8_t* codes, const uint8_t
     }
 }
 
-// Those of `rows` rows of blocks, whose codes are packed row by row. `to` has 64 numbers to spare.
-inline void read_super(const Plan& plan, const uint8_t* codes, const uint8_t* units, int64_t block_row, int64_t rows, float* to) {
-    const int64_t across = plan.blocks_across, row_bytes = (across * plan.super_bits + 7) / 8;
-    const int64_t unit_bytes = across / plan.super_count * 2;
-    codes += block_row * row_bytes, units += block_row * unit_bytes;
-    constexpr int64_t MOST = 1024;  // codes read together
-    // The planes of short rows are moved together first: most of what is read at once would be empty.
-    if (rows > 1 && across % 64 != 0 && across % 8 == 0 && rows * across <= MOST) {
-        uint8_t joined[MOST];
-        join_rows(plan.super_bits, codes, across, rows, joined);
-        return read_super_row(plan, joined, units, rows * across, to);
+// Call read(codes, units, count, to) for each row, or for all of them together where they are short.
+template <class Read>
+QUANTLIB_INLINE void for_super_rows(int bits, SuperRows from, int64_t rows, float* to, Read read) {
+    if (from.joins(rows)) {
+        uint8_t joined[SuperRows::MOST];
+        join_rows(bits, from.codes, from.across, rows, joined);
+        return read(joined, from.units, rows * from.across, to);
     }
-    for (int64_t r = 0; r < rows; ++r) {
-        read_super_row(plan, codes + r * row_bytes, units + r * unit_bytes, across, to + r * across);
+    for (int64_t r = 0; r < rows; ++r, from.codes += from.row_bytes, from.units += from.unit_bytes, to += from.across) {
+        read(from.codes, from.units, from.across, to);
     }
+}
+
+// `to` has 64 numbers to spare.
+inline void read_super(const Plan& plan, const SuperRows& from, int64_t rows, float* to) {
+#ifdef QUANTLIB_HAS_SIX
+    if (plan.super_bits == 6 && plan.super_count == 8) {
+        const SixNumbers numbers = six_numbers(plan.super_offset);
+        return for_super_rows(6, from, rows, to, [&](const uint8_t* codes, const uint8_t* units, int64_t count, float* to) {
+            read_six(planes_of(6, codes, count), units, count, numbers, to);
+        });
+    }
+#endif
+    for_super_rows(plan.super_bits, from, rows, to, [&](const uint8_t* codes, const uint8_t* units, int64_t count, float* to) {
+        read_super_row(plan, codes, units, count, to);
+    });
 }
 
 // Those of `rows` rows of blocks, one after another.
@@ -154,12 +179,12 @@ inline void read_scales(const Plan& plan, const Parts& parts, int64_t block_row,
         case ScaleKind::double_quant:
             return read_double_quant(plan, parts, first, count, to);
         case ScaleKind::super:
-            return read_super(plan, parts.scales, parts.super_scales, block_row, rows, to);
+            return read_super(plan, {plan, parts.scales, parts.super_scales, block_row}, rows, to);
     }
 }
 
 inline void read_minima(const Plan& plan, const Parts& parts, int64_t block_row, int64_t rows, float* to) {
-    if (plan.scale == ScaleKind::super) return read_super(plan, parts.minima, parts.super_minima, block_row, rows, to);
+    if (plan.scale == ScaleKind::super) return read_super(plan, {plan, parts.minima, parts.super_minima, block_row}, rows, to);
     const int64_t first = block_row * plan.blocks_across;
     read_numbers(plan.scale_dtype, parts.minima + first * item_size(plan.scale_dtype), plan.blocks_across * rows, to);
 }
@@ -233,7 +258,7 @@ inline void fetch_rows(const Plan& plan, const Parts& parts, int64_t row, int64_
     const int64_t across = plan.blocks_across;
     const bool super = plan.scale == ScaleKind::super;
     const int64_t bits = super ? plan.super_bits : plan.scale == ScaleKind::number ? 8 * item_size(plan.scale_dtype) : 8;
-    const int64_t row_bytes = (across * bits + 7) / 8, unit_bytes = super ? across / plan.super_count * 2 : 0;
+    const int64_t row_bytes = (across * bits + 7) / 8, unit_bytes = plan.supers_across * 2;
     fetch_blocks(parts.scales, row_bytes);
     if (super) fetch_blocks(parts.super_scales, unit_bytes);
     if (plan.has_zero) fetch_blocks(parts.zeros, across);
@@ -243,7 +268,11 @@ inline void fetch_rows(const Plan& plan, const Parts& parts, int64_t row, int64_
 
 // Fill `numbers` for `rows` rows from `row` on, of which a Run allows so many.
 inline void expand_run(const Plan& plan, const Parts& parts, int64_t row, int64_t rows, const Run& run, const RowNumbers& numbers) {
-    if (run.rows == 1) return expand_row(plan, parts, row, numbers, plan.span_piece);
+    if (run.rows == 1) {
+        expand_row(plan, parts, row, numbers, plan.span_piece);
+        if (plan.block_rows == 1) fetch_rows(plan, parts, row + 1, 1);
+        return;
+    }
     const auto expand = [&](float* pieces, auto read) {
         if (run.repeats == 1) return read(pieces);
         read(numbers.blocks);

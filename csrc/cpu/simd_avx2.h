@@ -116,7 +116,9 @@ inline void store_half(uint16_t* to, Floats a) {
 
 // (code - offset) * its unit for 64 codes of six bits, eight of which share an fp16 unit.
 #define QUANTLIB_HAS_SIX
-inline void read_six_run(const uint8_t* fours, const uint8_t* twos, const uint8_t* units, Floats offset, float* to) {
+typedef Floats SixNumbers;
+inline SixNumbers six_numbers(float offset) { return broadcast(offset); }
+inline void read_six_run(const uint8_t* fours, const uint8_t* twos, const uint8_t* units, SixNumbers offset, float* to) {
     Ints codes[8];
     float unit[8];
     unpack_six(fours, twos, codes);

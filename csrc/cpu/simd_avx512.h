@@ -56,22 +56,6 @@ inline void unpack(const uint8_t* from, Ints* codes) {
     }
 }
 
-// 64 codes of six bits, out of a plane of four bits and one of two.
-inline void unpack_six(const uint8_t* fours, const uint8_t* twos, Ints* codes) {
-    const Ints pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(fours)));
-    const Ints lower = _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), _mm512_set1_epi8(0x0F));
-    // Four codes of a byte move apart in a lane.
-    Ints bits = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(twos)));
-    bits = _mm512_or_si512(bits, _mm512_slli_epi32(bits, 12));
-    bits = _mm512_or_si512(bits, _mm512_slli_epi32(bits, 6));
-    const Ints upper = _mm512_and_si512(_mm512_slli_epi32(bits, 4), _mm512_set1_epi8(0x30));
-    const Ints bytes = _mm512_or_si512(lower, upper);
-    codes[0] = _mm512_cvtepu8_epi32(_mm512_castsi512_si128(bytes));
-    codes[1] = _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(bytes, 1));
-    codes[2] = _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(bytes, 2));
-    codes[3] = _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(bytes, 3));
-}
-
 // A square of 32-bit lanes, turned over its diagonal.
 inline void transpose(Ints (&a)[LANES]) {
     Ints b[LANES];
@@ -134,17 +118,6 @@ inline void store_half(uint16_t* to, Floats a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// (code - offset) * its unit for 64 codes of six bits, eight of which share an fp16 unit.
-#define QUANTLIB_HAS_SIX
-inline void read_six_run(const uint8_t* fours, const uint8_t* twos, const uint8_t* units, Floats offset, float* to) {
-    Ints codes[4];
-    unpack_six(fours, twos, codes);
-    const Floats unit = _mm512_castps256_ps512(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(units))));
-    Ints index = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-    for (int v = 0; v < 4; ++v, index = _mm512_add_epi32(index, _mm512_set1_epi32(2))) {
-        store(to + v * LANES, multiply(subtract(number(codes[v]), offset), _mm512_permutexvar_ps(index, unit)));
-    }
-}
 inline Floats load_bfloat(const uint16_t* from) {
     const Ints words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
@@ -221,5 +194,37 @@ inline Ints rank(const Ladder& l, Floats x) {
     found = _mm512_mask_add_epi32(found, less(_mm512_permutexvar_ps(found, l.by[1]), x), found, _mm512_set1_epi32(2));
     return _mm512_mask_add_epi32(found, less(_mm512_permutexvar_ps(found, l.by[0]), x), found, _mm512_set1_epi32(1));
 }
+
+#if QUANTLIB_ISA_LEVEL == 2  // simd_vbmi.h has a faster way
+#define QUANTLIB_HAS_SIX
+// 64 codes of six bits, out of a plane of four bits and one of two.
+inline void unpack_six(const uint8_t* fours, const uint8_t* twos, Ints* codes) {
+    const Ints pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(fours)));
+    const Ints lower = _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), _mm512_set1_epi8(0x0F));
+    // Four codes of a byte move apart in a lane.
+    Ints bits = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(twos)));
+    bits = _mm512_or_si512(bits, _mm512_slli_epi32(bits, 12));
+    bits = _mm512_or_si512(bits, _mm512_slli_epi32(bits, 6));
+    const Ints upper = _mm512_and_si512(_mm512_slli_epi32(bits, 4), _mm512_set1_epi8(0x30));
+    const Ints bytes = _mm512_or_si512(lower, upper);
+    codes[0] = _mm512_cvtepu8_epi32(_mm512_castsi512_si128(bytes));
+    codes[1] = _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(bytes, 1));
+    codes[2] = _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(bytes, 2));
+    codes[3] = _mm512_cvtepu8_epi32(_mm512_extracti32x4_epi32(bytes, 3));
+}
+
+// (code - offset) * its unit for 64 codes of six bits, eight of which share an fp16 unit.
+typedef Floats SixNumbers;
+inline SixNumbers six_numbers(float offset) { return broadcast(offset); }
+inline void read_six_run(const uint8_t* fours, const uint8_t* twos, const uint8_t* units, SixNumbers offset, float* to) {
+    Ints codes[4];
+    unpack_six(fours, twos, codes);
+    const Floats unit = _mm512_castps256_ps512(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(units))));
+    Ints index = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    for (int v = 0; v < 4; ++v, index = _mm512_add_epi32(index, _mm512_set1_epi32(2))) {
+        store(to + v * LANES, multiply(subtract(number(codes[v]), offset), _mm512_permutexvar_ps(index, unit)));
+    }
+}
+#endif
 
 }  // namespace quantlib::cpu::QUANTLIB_ISA

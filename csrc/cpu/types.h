@@ -22,7 +22,7 @@ struct Plan {
     uint16_t pairs[256];  // the same, rounded to bf16
 
     int64_t block_rows, block_cols;  // weights that share a scale; 0: the whole dimension
-    int64_t blocks_across;
+    int64_t blocks_across, supers_across;  // the latter of `super`: runs of super_count blocks that share a unit
     int piece;  // 32, 16 or 8: the widest run of columns that starts at a multiple of itself and lies inside one block
     int span_piece;  // the same, up to 128
 
