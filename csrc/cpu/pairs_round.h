@@ -17,7 +17,6 @@ class LawDecoder {
 
     static constexpr int STAGES = Codes::STAGES;  // steps in which a span's weights come out, in order
     static constexpr int WIDTH = TURNS / STAGES;  // vectors of a step
-    static constexpr int ROWS = WIDTH == 1 ? 3 : 2, XS = 8;  // of pairs_skinny.h
     struct State {
         typename Codes::Raw codes;
         Floats scale, shift;
@@ -82,7 +81,7 @@ class BookDecoder {
     }
 
     // As LawDecoder's, in the codes' order.
-    static constexpr int STAGES = TURNS, WIDTH = 1, ROWS = BOOKS == 1 ? 4 : 3, XS = BOOKS == 1 ? 4 : 8;
+    static constexpr int STAGES = TURNS, WIDTH = 1;
     struct State {
         typename Codes::Raw codes;
         Words books[BOOKS];

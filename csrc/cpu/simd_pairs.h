@@ -18,6 +18,12 @@ constexpr int WORDS = 32;
 QUANTLIB_INLINE void fetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T1); }
 
 QUANTLIB_INLINE Words load_words(const void* from) { return _mm512_loadu_si512(from); }
+// The same, into a register: the compiler would load again what it could keep.
+QUANTLIB_INLINE Words load_once(const void* from) {
+    Words a = load_words(from);
+    __asm__("" : "+v"(a));
+    return a;
+}
 QUANTLIB_INLINE void store_words(void* to, Words a) { _mm512_storeu_si512(to, a); }
 QUANTLIB_INLINE Floats dot(Floats sum, Words a, Words b) { return _mm512_dpbf16_ps(sum, __m512bh(a), __m512bh(b)); }
 QUANTLIB_INLINE Floats negative_multiply_add(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }

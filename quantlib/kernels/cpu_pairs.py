@@ -92,8 +92,9 @@ class CpuPairsDot(PairsKernel):
         return why
 
     def cost(self, problem: Problem) -> float:
-        # Four rows of x share what decoding costs.
-        rate, share = decode_rate(problem, 45.0, 26.0) / -(-max(problem.m, 1) // 4), 1.5
+        # Four rows of x share what decoding costs. Minima are subtracted once a row, which costs nothing here.
+        narrow = problem.format.codec.bits <= 4 and problem.format.zero != "integer"
+        rate, share = (100.0 if narrow else 27.0) / -(-max(problem.m, 1) // 4), 1.33
         if cpu.has_tiles():  # such CPUs have half the rate of look-ups and a third of that of products
             rate, share = decode_rate(problem, 55.0, 26.0 if problem.format.codec.bits <= 6 else 13.0), 0.64
         return predicted(problem, self.name, rate, peak_share=share / PLANES[problem.dtype])
@@ -112,10 +113,10 @@ class RoundedPairsKernel(PairsKernel):
         return super().supports(problem)
 
 
-def one_book(fmt: Format) -> bool:
-    """Whether the code books of all blocks in a span of 128 columns fit one register (csrc/cpu/pairs_round.h)."""
+def books_fit(fmt: Format) -> bool:
+    """Whether the code books of all blocks in a span of 128 columns fit two registers (csrc/cpu/pairs_round.h)."""
     blocks = max(1, 128 // (fmt.block.cols or 128))
-    return fmt.codec.bits <= 6 and blocks << fmt.codec.bits <= 32
+    return fmt.codec.bits <= 6 and blocks << fmt.codec.bits <= 64
 
 
 class CpuPairsSkinny(RoundedPairsKernel):
@@ -124,12 +125,13 @@ class CpuPairsSkinny(RoundedPairsKernel):
     function = "pairs_skinny"
 
     def cost(self, problem: Problem) -> float:
-        cheap = one_book(problem.format)
-        at_once = 4 if cheap else 8  # rows of x, whether they are there or not
+        at_once = 4 if problem.m <= 4 else 8  # rows of x, whether they are there or not; each time W is decoded again
         turns = -(-max(problem.m, 1) // at_once)
-        rate = (60.0 if cheap else decode_rate(problem, 14.0, 11.0)) / turns
+        rate = 28.0 if problem.format.zero == "none" and books_fit(problem.format) else 20.0
+        if problem.format.codec.bits > 4:
+            rate = 13.0
         whole = replace(problem, m=turns * at_once)
-        return predicted(whole, self.name, rate, peak_share=0.8 if cpu.has_tiles() else 2.19)
+        return predicted(whole, self.name, rate / turns, peak_share=0.8 if cpu.has_tiles() else 2.19)
 
 
 class CpuPairsTile(RoundedPairsKernel):
@@ -138,7 +140,8 @@ class CpuPairsTile(RoundedPairsKernel):
     function = "pairs_tile"
 
     def cost(self, problem: Problem) -> float:
-        return predicted(problem, self.name, decode_rate(problem, 12.0, 10.0), peak_share=0.8 if cpu.has_tiles() else 2.19)
+        narrow = problem.format.codec.bits <= 6 and problem.format.zero != "integer"
+        return predicted(problem, self.name, 12.0 if narrow else 10.0, peak_share=0.8 if cpu.has_tiles() else 2.19)
 
 
 class CpuPairsDgrad(RoundedPairsKernel):
