@@ -241,7 +241,8 @@ struct Run {
         repeats = plan.block_cols == 0 ? (columns + piece - 1) / piece : plan.block_cols / piece;
         const int64_t pieces = repeats * plan.blocks_across;
         if (plan.block_rows != 1 || pieces == 0 || pieces * piece < columns) return;
-        rows = most(1, least(MOST_ROWS, MOST_PIECES / pieces));
+        const bool wide = plan.scale == ScaleKind::number && plan.scale_dtype == DType::float32;  // twice the bytes of others
+        rows = most(1, least(MOST_ROWS, MOST_PIECES / (wide ? 2 : 1) / pieces));
         stride = pieces;
     }
     // With 64 to spare, as row_capacity.
