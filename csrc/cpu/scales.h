@@ -269,11 +269,7 @@ inline void fetch_rows(const Plan& plan, const Parts& parts, int64_t row, int64_
 
 // Fill `numbers` for `rows` rows from `row` on, of which a Run allows so many.
 inline void expand_run(const Plan& plan, const Parts& parts, int64_t row, int64_t rows, const Run& run, const RowNumbers& numbers) {
-    if (run.rows == 1) {
-        expand_row(plan, parts, row, numbers, plan.span_piece);
-        if (plan.block_rows == 1) fetch_rows(plan, parts, row + 1, 1);
-        return;
-    }
+    if (run.rows == 1) return expand_row(plan, parts, row, numbers, plan.span_piece);
     const auto expand = [&](float* pieces, auto read) {
         if (run.repeats == 1) return read(pieces);
         read(numbers.blocks);
