@@ -1,4 +1,5 @@
-"""The machine code of quantlib._cpu: wide instructions stand only in functions that run where the machine has them.
+"""The machine code of quantlib._cpu: wide instructions stand only in functions that run where the machine has them; memory is
+asked ahead.
 
 Two ways to an illegal instruction that no review sees: a function that several objects share (a template of the standard
 library, an inline function) is kept once by the linker, maybe the copy that was compiled with wider flags; and what computes a
@@ -122,6 +123,22 @@ def test_a_sets_object_holds_nothing_that_another_object_may_hold_too(level: str
     if path is None or not path.exists():
         pytest.skip(f"no object of {level} in build/objects")
     assert outsiders(path, level) == []
+
+
+@pytest.mark.parametrize("level", ["avx2", "avx512_bf16", "amx"])  # avx512 takes avx2's kernels for few rows of x
+def test_what_asks_for_the_next_rows_scales_is_called_and_does_so(level: str) -> None:
+    """A compiler may drop the calls of a function that only prefetches, and nothing but time tells."""
+    if cpu.unavailable is not None:
+        pytest.skip(cpu.unavailable)
+    if level not in cpu.build_record("_cpu")["isas"]:
+        pytest.skip(f"the extension was built without {level}")
+    asks, calls = 0, 0
+    for function, _, text in instructions(Path(cpu.native().__file__)):
+        if level_of_function(function) == level:
+            asks += "fetch_rows" in function and text.startswith("prefetch")
+            calls += "fetch_rows" in text and text.startswith(("call", "jmp"))
+    assert asks >= 4  # scales, their units, zeros, minima
+    assert calls >= 1
 
 
 # Faults that this file is there to find

@@ -123,7 +123,7 @@ inline void dense_rows(const DenseCall& call, const float* x, int64_t start, int
         const uint8_t* weight = at(call.weight, D, row * call.k);
         Floats chains[4] = {zero(), zero(), zero(), zero()};
         for (int64_t column = 0; column < whole; column += CHUNK) {
-            __builtin_prefetch(weight + column * SIZE + 1024);
+            fetch_near(weight + column * SIZE + 1024);
             for (int v = 0; v < VECTORS; ++v) {
                 const int64_t i = column + v * LANES;
                 chains[v % 4] = multiply_add(load(x + i), load_as<D>(weight + i * SIZE), chains[v % 4]);

@@ -251,10 +251,11 @@ struct Run {
     static constexpr int64_t MOST_ROWS = 16, MOST_PIECES = 256;  // memory is idle for as long
 };
 
-// Ask for what the numbers of `rows` rows from `row` on will be made of.
-inline void fetch_rows(const Plan& plan, const Parts& parts, int64_t row, int64_t rows) {
+// Ask for what the numbers of `rows` rows from `row` on will be made of, where each row has its own.
+// A function by itself: tests/test_cpu_machine_code.py sees that it is called and asks.
+__attribute__((noinline)) inline void fetch_rows(const Plan& plan, const Parts& parts, int64_t row, int64_t rows) {
     const auto fetch_blocks = [&](const uint8_t* from, int64_t row_bytes) {
-        for (int64_t byte = 0; byte < rows * row_bytes; byte += 64) __builtin_prefetch(from + row * row_bytes + byte);
+        for (int64_t byte = 0; byte < rows * row_bytes; byte += 64) fetch_near(from + row * row_bytes + byte);
     };
     const int64_t across = plan.blocks_across;
     const bool super = plan.scale == ScaleKind::super;
@@ -269,7 +270,11 @@ inline void fetch_rows(const Plan& plan, const Parts& parts, int64_t row, int64_
 
 // Fill `numbers` for `rows` rows from `row` on, of which a Run allows so many.
 inline void expand_run(const Plan& plan, const Parts& parts, int64_t row, int64_t rows, const Run& run, const RowNumbers& numbers) {
-    if (run.rows == 1) return expand_row(plan, parts, row, numbers, plan.span_piece);
+    if (run.rows == 1) {
+        expand_row(plan, parts, row, numbers, plan.span_piece);
+        if (plan.block_rows == 1) fetch_rows(plan, parts, row + 1, 1);
+        return;
+    }
     const auto expand = [&](float* pieces, auto read) {
         if (run.repeats == 1) return read(pieces);
         read(numbers.blocks);

@@ -44,6 +44,13 @@ inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multi
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Ask for the cache line of an address, which may lie anywhere. The empty statement is an effect: gcc takes a function that does
+// nothing but prefetch for one without any, and drops the calls of it.
+QUANTLIB_INLINE void fetch_near(const void* address) {
+    __builtin_prefetch(address);
+    __asm__ volatile("");
+}
+
 // Two planes of a code: `low` in LOW bits, `high` above them. Bits above the code are left as they come.
 template <int LOW>
 inline Ints join(Ints low, Ints high) {
