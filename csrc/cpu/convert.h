@@ -21,32 +21,72 @@ inline void store_as(void* to, Floats a) {
     if constexpr (D == DType::bfloat16) store_bfloat(static_cast<uint16_t*>(to), a);
 }
 
+// A vector of numbers in memory; and one of which only the first `count` are there, zeros behind them.
+struct WholeVector {
+    template <DType D>
+    static QUANTLIB_INLINE Floats load(const void* from) { return load_as<D>(from); }
+    template <DType D>
+    static QUANTLIB_INLINE void store(void* to, Floats a) { store_as<D>(to, a); }
+};
+struct PartVector {
+    int64_t count;
+    template <DType D>
+    inline Floats load(const void* from) const {
+        uint8_t stored[LANES * 4] = {};
+        memcpy(stored, from, count * (D == DType::float32 ? 4 : 2));
+        return load_as<D>(stored);
+    }
+    template <DType D>
+    inline void store(void* to, Floats a) const {
+        uint8_t stored[LANES * 4];
+        store_as<D>(stored, a);
+        memcpy(to, stored, count * (D == DType::float32 ? 4 : 2));
+    }
+};
+// Call with(one of these, its first number) for `count` numbers.
+template <class With>
+QUANTLIB_INLINE void for_vectors(int64_t count, With with) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) with(WholeVector(), i);
+    if (i < count) with(PartVector{count - i}, i);
+}
+
+// Numbers as they are after one trip through the dtype.
+template <DType D>
+inline Floats round_as(Floats a) {
+    if constexpr (D == DType::float16) return round_half(a);
+    if constexpr (D == DType::bfloat16) return round_bfloat(a);
+    return a;
+}
+
+// Call `with` a dtype as a type.
+template <DType D>
+struct Typed {
+    static constexpr DType dtype = D;
+};
+template <class With>
+inline void with_dtype(DType dtype, With with) {
+    switch (dtype) {
+        case DType::float32: return with(Typed<DType::float32>());
+        case DType::bfloat16: return with(Typed<DType::bfloat16>());
+        case DType::float16: return with(Typed<DType::float16>());
+    }
+}
+
 template <DType D>
 inline void read_run(const uint8_t* from, int64_t count, float* to) {
     constexpr int SIZE = D == DType::float32 ? 4 : 2;
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) store(to + i, load_as<D>(from + i * SIZE));
-    if (i < count) {
-        uint8_t stored[LANES * SIZE] = {};
-        float values[LANES];
-        memcpy(stored, from + i * SIZE, (count - i) * SIZE);
-        store(values, load_as<D>(stored));
-        memcpy(to + i, values, (count - i) * sizeof(float));
-    }
+    for_vectors(count, [&](auto vector, int64_t i) QUANTLIB_LAMBDA {
+        vector.template store<DType::float32>(to + i, vector.template load<D>(from + i * SIZE));
+    });
 }
 
 template <DType D>
 inline void write_run(const float* from, int64_t count, uint8_t* to) {
     constexpr int SIZE = D == DType::float32 ? 4 : 2;
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) store_as<D>(to + i * SIZE, load(from + i));
-    if (i < count) {
-        uint8_t stored[LANES * SIZE];
-        float values[LANES] = {};
-        memcpy(values, from + i, (count - i) * sizeof(float));
-        store_as<D>(stored, load(values));
-        memcpy(to + i * SIZE, stored, (count - i) * SIZE);
-    }
+    for_vectors(count, [&](auto vector, int64_t i) QUANTLIB_LAMBDA {
+        vector.template store<D>(to + i * SIZE, vector.template load<DType::float32>(from + i));
+    });
 }
 
 // `count` contiguous numbers of a dtype -> fp32.

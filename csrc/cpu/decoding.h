@@ -7,45 +7,56 @@
 namespace quantlib::cpu::QUANTLIB_ISA {
 
 inline bool rms_norm(const NormCall& call) {
-    const int64_t padded = round_up(call.width, CHUNK);
-    const Scratch scratch(2 * padded);
-    if (scratch.floats == nullptr) return false;
-    float *x = scratch.floats, *weight = x + padded;
-    read_padded(call.dtype, call.weight, call.width, weight);
-    for (int64_t row = 0; row < call.rows; ++row) {
-        read_padded(call.dtype, at(call.x, call.dtype, row * call.width), call.width, x);
-        Floats squares = zero();
-        for (int64_t i = 0; i < padded; i += LANES) squares = multiply_add(load(x + i), load(x + i), squares);
-        const float mean = sum(squares) / float(call.width) + call.epsilon;
-        const Floats factor = broadcast(1.0f / __builtin_sqrtf(mean));
-        for (int64_t i = 0; i < padded; i += LANES) store(x + i, multiply(load(x + i), factor));
-        round_numbers(call.dtype, x, call.width);
-        for (int64_t i = 0; i < padded; i += LANES) store(x + i, multiply(load(x + i), load(weight + i)));
-        write_numbers(call.dtype, x, call.width, at(call.y, call.dtype, row * call.width));
-    }
+    with_dtype(call.dtype, [&](auto typed) {
+        constexpr DType D = decltype(typed)::dtype;
+        for (int64_t row = 0; row < call.rows; ++row) {
+            const uint8_t *x = at(call.x, D, row * call.width), *weight = at(call.weight, D, 0);
+            uint8_t* y = at(call.y, D, row * call.width);
+            Floats squares = zero();
+            for_vectors(call.width, [&](auto vector, int64_t i) QUANTLIB_LAMBDA {
+                const Floats numbers = vector.template load<D>(at(x, D, i));
+                squares = multiply_add(numbers, numbers, squares);
+            });
+            const Floats factor = broadcast(1.0f / __builtin_sqrtf(sum(squares) / float(call.width) + call.epsilon));
+            for_vectors(call.width, [&](auto vector, int64_t i) QUANTLIB_LAMBDA {
+                const Floats normed = round_as<D>(multiply(vector.template load<D>(at(x, D, i)), factor));
+                vector.template store<D>(at(y, D, i), multiply(normed, vector.template load<D>(at(weight, D, i))));
+            });
+        }
+    });
     return true;
 }
 
-inline bool rotate(const RotateCall& call) {
+// One head: y = x cosine + (x's halves exchanged, the first negative) sine.
+template <DType D>
+inline void rotate_head(const RotateCall& call, const uint8_t* x, uint8_t* y) {
     const int64_t half = call.width / 2;
-    const Scratch scratch(6 * call.width);
-    if (scratch.floats == nullptr) return false;
-    float *x = scratch.floats, *cosine = x + call.width, *sine = cosine + call.width, *turned = sine + call.width;
-    if (call.cosine != nullptr) {
-        read_numbers(call.dtype, call.cosine, call.width, cosine);
-        read_numbers(call.dtype, call.sine, call.width, sine);
-    }
-    for (int64_t head = 0; head < call.heads; ++head) {
-        read_numbers(call.dtype, at(call.x, call.dtype, head * call.width), call.width, x);
-        if (call.cosine != nullptr) {
-            for (int64_t i = 0; i < call.width; ++i) turned[i] = (i < half ? -x[i + half] : x[i - half]) * sine[i];
-            for (int64_t i = 0; i < call.width; ++i) x[i] *= cosine[i];
-            round_numbers(call.dtype, x, call.width);
-            round_numbers(call.dtype, turned, call.width);
-            for (int64_t i = 0; i < call.width; ++i) x[i] += turned[i];
+    for_vectors(half, [&](auto vector, int64_t i) QUANTLIB_LAMBDA {
+        const auto part = [&](const void* from, int64_t column) QUANTLIB_LAMBDA {
+            return vector.template load<D>(at(from, D, column));
+        };
+        const auto turned = [&](Floats a, Floats other, int64_t column) QUANTLIB_LAMBDA {
+            return add(round_as<D>(multiply(a, part(call.cosine, column))), round_as<D>(multiply(other, part(call.sine, column))));
+        };
+        const Floats low = part(x, i), high = part(x, half + i);
+        vector.template store<D>(at(y, D, i), turned(low, subtract(zero(), high), i));
+        vector.template store<D>(at(y, D, half + i), turned(high, low, half + i));
+    });
+}
+
+inline bool rotate(const RotateCall& call) {
+    with_dtype(call.dtype, [&](auto typed) {
+        constexpr DType D = decltype(typed)::dtype;
+        for (int64_t head = 0; head < call.heads; ++head) {
+            const uint8_t* x = at(call.x, D, head * call.width);
+            uint8_t* y = at(call.y, D, head * call.y_stride);
+            if (call.cosine == nullptr) {
+                memmove(y, x, call.width * item_size(D));
+            } else {
+                rotate_head<D>(call, x, y);
+            }
         }
-        write_numbers(call.dtype, x, call.width, at(call.y, call.dtype, head * call.y_stride));
-    }
+    });
     return true;
 }
 
@@ -108,8 +119,8 @@ inline bool attention(const AttentionCall& call) {
 }
 
 inline bool add_to(const AddCall& call) {
-    combine_chunks(call.dtype, call.y, call.x, call.y, call.count, [](float* ys, const float* xs) {
-        for (int i = 0; i < CHUNK; i += LANES) store(ys + i, add(load(xs + i), load(ys + i)));
+    with_dtype(call.dtype, [&](auto typed) {
+        combine_vectors<decltype(typed)::dtype>(call.y, call.x, call.y, call.count, [](Floats y, Floats x) QUANTLIB_LAMBDA { return add(x, y); });
     });
     return true;
 }
@@ -145,7 +156,7 @@ inline bool dense(const Joined<DenseCall>& joined) {
     const DenseCall& first = joined.calls[0];
     const Scratch scratch(round_up(first.k, CHUNK));
     if (scratch.floats == nullptr) return false;
-    read_padded(first.dtype, first.x, first.k, scratch.floats);
+    read_numbers(first.dtype, first.x, first.k, scratch.floats);
     const int threads = useful_threads(rows_of(joined) * first.k, first.threads);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int part = 0; part < threads; ++part) {

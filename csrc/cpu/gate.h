@@ -11,17 +11,6 @@ inline const uint8_t* at(const void* from, DType dtype, int64_t element) {
 }
 inline uint8_t* at(void* to, DType dtype, int64_t element) { return static_cast<uint8_t*>(to) + element * item_size(dtype); }
 
-// `count` numbers as they are after one trip through the dtype.
-inline void round_numbers(DType dtype, float* numbers, int64_t count) {
-    if (dtype == DType::float32) return;
-    uint8_t stored[CHUNK * 2];
-    for (int64_t start = 0; start < count; start += CHUNK) {
-        const int64_t length = least(CHUNK, count - start);
-        write_numbers(dtype, numbers + start, length, stored);
-        read_numbers(dtype, stored, length, numbers + start);
-    }
-}
-
 // e^a, within 2 units in the last place; 0 below -87, which is all that a softmax and a sigmoid ask for.
 inline Floats exponential(Floats a) {
     const Floats low = broadcast(-87.0f);
@@ -36,33 +25,22 @@ inline Floats exponential(Floats a) {
     return pick(less(a, low), zero(), scaled);
 }
 
-// x as whole vectors of fp32, zeros behind `count`.
-inline void read_padded(DType dtype, const void* x, int64_t count, float* to) {
-    memset(to + count, 0, (round_up(count, CHUNK) - count) * sizeof(float));
-    read_numbers(dtype, x, count, to);
-}
-
-// y = what `combine` leaves in the first of two inputs, CHUNK numbers at a time.
-template <class Combine>
-inline void combine_chunks(DType dtype, const void* a, const void* b, void* y, int64_t count, Combine combine) {
-    float first[CHUNK], second[CHUNK];
-    for (int64_t start = 0; start < count; start += CHUNK) {
-        const int64_t length = least(CHUNK, count - start);
-        read_padded(dtype, at(a, dtype, start), length, first);
-        read_padded(dtype, at(b, dtype, start), length, second);
-        combine(first, second);
-        write_numbers(dtype, first, length, at(y, dtype, start));
-    }
+// y = combine(a, b) for `count` numbers, vector by vector.
+template <DType D, class Combine>
+inline void combine_vectors(const void* a, const void* b, void* y, int64_t count, Combine combine) {
+    for_vectors(count, [&](auto vector, int64_t i) QUANTLIB_LAMBDA {
+        const Floats first = vector.template load<D>(at(a, D, i)), second = vector.template load<D>(at(b, D, i));
+        vector.template store<D>(at(y, D, i), combine(first, second));
+    });
 }
 
 inline bool gate(const GateCall& call) {
-    combine_chunks(call.dtype, call.gate, call.up, call.y, call.count, [&](float* gates, const float* ups) {
-        for (int i = 0; i < CHUNK; i += LANES) {
-            const Floats x = load(gates + i), below = add(broadcast(1.0f), exponential(subtract(zero(), x)));
-            store(gates + i, divide(x, below));
-        }
-        round_numbers(call.dtype, gates, CHUNK);
-        for (int i = 0; i < CHUNK; i += LANES) store(gates + i, multiply(load(gates + i), load(ups + i)));
+    with_dtype(call.dtype, [&](auto typed) {
+        constexpr DType D = decltype(typed)::dtype;
+        combine_vectors<D>(call.gate, call.up, call.y, call.count, [](Floats x, Floats up) QUANTLIB_LAMBDA {
+            const Floats below = add(broadcast(1.0f), exponential(subtract(zero(), x)));
+            return multiply(round_as<D>(divide(x, below)), up);
+        });
     });
     return true;
 }

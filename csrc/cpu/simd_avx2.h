@@ -110,9 +110,9 @@ inline Floats spread(const float* pieces, int v) { return broadcast(pieces[v * L
 inline Floats load_half(const uint16_t* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
-inline void store_half(uint16_t* to, Floats a) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
+inline __m128i half_codes(Floats a) { return _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline void store_half(uint16_t* to, Floats a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), half_codes(a)); }
+inline Floats round_half(Floats a) { return _mm256_cvtph_ps(half_codes(a)); }
 
 // (code - offset) * its unit for 64 codes of six bits, eight of which share an fp16 unit.
 #define QUANTLIB_HAS_SIX
@@ -129,12 +129,17 @@ inline Floats load_bfloat(const uint16_t* from) {
     const Ints words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
 }
-inline void store_bfloat(uint16_t* to, Floats a) {
+// The nearest codes.
+inline Ints bfloat_codes(Floats a) {
     const Ints bits = _mm256_castps_si256(a);
     const Ints even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    Ints words = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7FFF))), 16);
+    const Ints words = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(even, _mm256_set1_epi32(0x7FFF))), 16);
     const Ints nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-    words = _mm256_blendv_epi8(words, _mm256_set1_epi32(0x7FC0), nan);
+    return _mm256_blendv_epi8(words, _mm256_set1_epi32(0x7FC0), nan);
+}
+inline Floats round_bfloat(Floats a) { return _mm256_castsi256_ps(_mm256_slli_epi32(bfloat_codes(a), 16)); }
+inline void store_bfloat(uint16_t* to, Floats a) {
+    const Ints words = bfloat_codes(a);
     const Ints packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
 }

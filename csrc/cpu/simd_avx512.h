@@ -114,22 +114,25 @@ inline Floats spread(const float* pieces, int v) {
 inline Floats load_half(const uint16_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
-inline void store_half(uint16_t* to, Floats a) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
+inline __m256i half_codes(Floats a) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline void store_half(uint16_t* to, Floats a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half_codes(a)); }
+inline Floats round_half(Floats a) { return _mm512_cvtph_ps(half_codes(a)); }
 
 inline Floats load_bfloat(const uint16_t* from) {
     const Ints words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
 }
-// vcvtneps2bf16 would be one instruction, but it flushes subnormals to zero.
-inline void store_bfloat(uint16_t* to, Floats a) {
+// The nearest codes. vcvtneps2bf16 would be one instruction, but it flushes subnormals to zero.
+inline Ints bfloat_codes(Floats a) {
     const Ints bits = _mm512_castps_si512(a);
     const Ints even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    Ints words = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7FFF))), 16);
-    words = _mm512_mask_mov_epi32(words, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC0));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(words));
+    const Ints words = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7FFF))), 16);
+    return _mm512_mask_mov_epi32(words, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC0));
 }
+inline void store_bfloat(uint16_t* to, Floats a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(bfloat_codes(a)));
+}
+inline Floats round_bfloat(Floats a) { return _mm512_castsi512_ps(_mm512_slli_epi32(bfloat_codes(a), 16)); }
 
 // E4M3's bits, put into fp16's places, are the value times 2^-8, subnormals included; 0x7F and 0xFF are NaN.
 inline Floats load_e4m3(const uint8_t* from) {

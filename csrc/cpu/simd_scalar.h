@@ -113,12 +113,21 @@ inline Floats load_half(const uint16_t* from) {
 inline void store_half(uint16_t* to, Floats a) {
     for (int lane = 0; lane < LANES; ++lane) to[lane] = half_code(a[lane]);
 }
+inline Floats round_half(Floats a) {
+    for (int lane = 0; lane < LANES; ++lane) a[lane] = half_value(half_code(a[lane]));
+    return a;
+}
 inline Floats load_bfloat(const uint16_t* from) {
     const Ints bits = {from[0] << 16, from[1] << 16, from[2] << 16, from[3] << 16};
     return reinterpret_cast<Floats>(bits);
 }
 inline void store_bfloat(uint16_t* to, Floats a) {
     for (int lane = 0; lane < LANES; ++lane) to[lane] = bfloat_code(a[lane]);
+}
+inline Floats round_bfloat(Floats a) {
+    uint16_t codes[LANES];
+    store_bfloat(codes, a);
+    return load_bfloat(codes);
 }
 
 // E4M3's bits, put into fp16's places, are the value times 2^-8, subnormals included; 0x7F and 0xFF are NaN.
