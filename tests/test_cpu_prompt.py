@@ -55,9 +55,10 @@ def test_attention_is_that_of_fp64(shape: tuple[int, ...], dtype: torch.dtype, i
     assert relative_error(y, exact(q, keys, values, 0.17)) < LIMITS[dtype]
 
 
-def test_attention_sees_nothing_that_comes_later(isa: str) -> None:
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_attention_sees_nothing_that_comes_later(dtype: torch.dtype, isa: str) -> None:
     """A query's bits are its own: neither later keys reach it, nor queries beside it, nor the number of threads."""
-    q, keys, values = inputs((6, 2, 540, 560, 64), torch.float32)
+    q, keys, values = inputs((6, 2, 540, 560, 64), dtype)
     results = for_numbers_of_threads(lambda: prompt_attention(q, keys, values, 0.125))
     for other in results[1:]:
         assert_same_bits(other, results[0])

@@ -67,6 +67,17 @@ QUANTLIB_INLINE Floats high_floats(Words pairs) {
 // fp32 -> bf16, nearest even, numbers below 2^-126 as zero: words 0-15 from `first`, 16-31 from `second`.
 QUANTLIB_INLINE Words round_words(Floats first, Floats second) { return Words(_mm512_cvtne2ps_pbh(second, first)); }
 
+// Lanes whose low word is the upper word of a lane of a, and whose high word is that of b.
+QUANTLIB_INLINE Floats upper_words(Floats a, Floats b) {
+    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(a), 16), _mm512_castps_si512(b)));
+}
+// Store numbers as bf16, nearest even, numbers below 2^-126 as zero; returns what was stored.
+QUANTLIB_INLINE Floats store_rounded(void* to, Floats a) {
+    const __m256i words = __m256i(_mm512_cvtneps_pbh(a));
+    _mm256_storeu_si256(static_cast<__m256i*>(to), words);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+}
+
 // The sum of each of four vectors.
 QUANTLIB_INLINE __m128 four_sums(Floats a, Floats b, Floats c, Floats d) {
     const Floats ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
