@@ -120,7 +120,8 @@ inline bool attention(const AttentionCall& call) {
 
 inline bool add_to(const AddCall& call) {
     with_dtype(call.dtype, [&](auto typed) {
-        combine_vectors<decltype(typed)::dtype>(call.y, call.x, call.y, call.count, [](Floats y, Floats x) QUANTLIB_LAMBDA { return add(x, y); });
+        constexpr DType D = decltype(typed)::dtype;
+        combine_vectors<D>(call.y, call.x, call.y, call.count, [](Floats y, Floats x) QUANTLIB_LAMBDA { return add(x, y); });
     });
     return true;
 }

@@ -30,12 +30,12 @@ struct BookCodes {
     template <class Stored>
     QUANTLIB_INLINE Raw raw(const Stored& stored, const Planes& planes, int64_t span, int64_t ahead = FETCH_AHEAD) const {
         const uint8_t* low = planes.plane[0] + span * (SPAN * FIRST / 8);
-        fetch(low + ahead);
+        fetch_once(low + ahead);
         Raw codes;
         codes.first = codes.second = load_plane<FIRST>(stored, low);
         if constexpr (SECOND != 0) {
             const uint8_t* high = planes.plane[1] + span * (SPAN * SECOND / 8);
-            fetch(high + ahead);
+            fetch_once(high + ahead);
             codes.second = load_plane<SECOND>(stored, high);
         }
         return codes;
@@ -62,8 +62,8 @@ struct ByteCodes {
     template <class Stored>
     QUANTLIB_INLINE Raw raw(const Stored& stored, const Planes& planes, int64_t span, int64_t ahead = FETCH_AHEAD) const {
         const uint8_t* bytes = planes.plane[0] + span * SPAN;
-        fetch(bytes + ahead);
-        fetch(bytes + ahead + 64);
+        fetch_once(bytes + ahead);
+        fetch_once(bytes + ahead + 64);
         Raw codes;
         load_byte_plane(stored, bytes, codes.half[0], codes.half[1]);
         return codes;

@@ -59,10 +59,15 @@ class SkinnyProduct {
             add(weights[span % 2], words, x_.stride, total);
             words += SPAN;
         }
-#pragma GCC unroll 8
-        for (int m = 0; m < XS; ++m) {
+#pragma GCC unroll 2
+        for (int m = 0; m < XS; m += 4) {
             if (m >= count) break;
-            for (int r = 0; r < ROWS; ++r) values[(m * ROWS + r) * WRITE_ROWS] = sum(total[m][r]);
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; ++r) {
+                float sums[4];
+                _mm_storeu_ps(sums, four_sums(total[m][r], total[m + 1][r], total[m + 2][r], total[m + 3][r]));
+                for (int i = 0; i < 4 && m + i < count; ++i) values[((m + i) * ROWS + r) * WRITE_ROWS] = sums[i];
+            }
         }
     }
 
