@@ -70,11 +70,13 @@ def clock_for(device: torch.device) -> Clock:
 
 
 def in_turns(rounds: Mapping[str, Callable[[], float]], repeats: int, clock: str) -> dict[str, Timing | NoTiming]:
-    """Take one sample (microseconds) of each contestant after the other, `repeats` times."""
+    """Take one sample (microseconds) of each contestant after the other, `repeats` times; every other time from the last to the
+    first, so that what one leaves behind (threads that spin, full caches) does not always meet the same one."""
     samples: dict[str, list[float]] = {name: [] for name in rounds}
     failed: dict[str, NoTiming] = {}
-    for _ in range(repeats):
-        for name, sample in rounds.items():
+    order = list(rounds.items())
+    for turn in range(repeats):
+        for name, sample in order if turn % 2 == 0 else reversed(order):
             if name in failed:
                 continue
             try:

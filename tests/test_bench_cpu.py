@@ -179,7 +179,7 @@ def test_reading_takes_its_turn() -> None:
 def test_a_settled_clock_runs_everyone_once_before_each_sample() -> None:
     seen: list[str] = []
     SettledClock(repeats=2, sample_us=0.0).time("x", {"a": [lambda: seen.append("a")], "b": [lambda: seen.append("b")]})
-    assert seen == ["a"] * 3 + ["b"] * 3 + ["a"] * 2 + ["b"] * 2
+    assert seen == ["a"] * 3 + ["b"] * 3 + ["b"] * 2 + ["a"] * 2
 
 
 # the export
