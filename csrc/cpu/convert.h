@@ -5,7 +5,7 @@
 
 namespace quantlib::cpu::QUANTLIB_ISA {
 
-inline int64_t item_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+constexpr int64_t item_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 template <DType D>
 inline Floats load_as(const void* from) {
@@ -33,14 +33,14 @@ struct PartVector {
     template <DType D>
     inline Floats load(const void* from) const {
         uint8_t stored[LANES * 4] = {};
-        memcpy(stored, from, count * (D == DType::float32 ? 4 : 2));
+        memcpy(stored, from, count * item_size(D));
         return load_as<D>(stored);
     }
     template <DType D>
     inline void store(void* to, Floats a) const {
         uint8_t stored[LANES * 4];
         store_as<D>(stored, a);
-        memcpy(to, stored, count * (D == DType::float32 ? 4 : 2));
+        memcpy(to, stored, count * item_size(D));
     }
 };
 // Call with(one of these, its first number) for `count` numbers.
@@ -75,34 +75,28 @@ inline void with_dtype(DType dtype, With with) {
 
 template <DType D>
 inline void read_run(const uint8_t* from, int64_t count, float* to) {
-    constexpr int SIZE = D == DType::float32 ? 4 : 2;
     for_vectors(count, [&](auto vector, int64_t i) QUANTLIB_LAMBDA {
-        vector.template store<DType::float32>(to + i, vector.template load<D>(from + i * SIZE));
+        vector.template store<DType::float32>(to + i, vector.template load<D>(from + i * item_size(D)));
     });
 }
 
 template <DType D>
 inline void write_run(const float* from, int64_t count, uint8_t* to) {
-    constexpr int SIZE = D == DType::float32 ? 4 : 2;
     for_vectors(count, [&](auto vector, int64_t i) QUANTLIB_LAMBDA {
-        vector.template store<D>(to + i * SIZE, vector.template load<DType::float32>(from + i));
+        vector.template store<D>(to + i * item_size(D), vector.template load<DType::float32>(from + i));
     });
 }
 
 // `count` contiguous numbers of a dtype -> fp32.
 inline void read_numbers(DType dtype, const void* from, int64_t count, float* to) {
     const uint8_t* bytes = static_cast<const uint8_t*>(from);
-    if (dtype == DType::float32) return read_run<DType::float32>(bytes, count, to);
-    if (dtype == DType::float16) return read_run<DType::float16>(bytes, count, to);
-    read_run<DType::bfloat16>(bytes, count, to);
+    with_dtype(dtype, [&](auto typed) { read_run<decltype(typed)::dtype>(bytes, count, to); });
 }
 
 // fp32 -> `count` contiguous numbers of a dtype.
 inline void write_numbers(DType dtype, const float* from, int64_t count, void* to) {
     uint8_t* bytes = static_cast<uint8_t*>(to);
-    if (dtype == DType::float32) return write_run<DType::float32>(from, count, bytes);
-    if (dtype == DType::float16) return write_run<DType::float16>(from, count, bytes);
-    write_run<DType::bfloat16>(from, count, bytes);
+    with_dtype(dtype, [&](auto typed) { write_run<decltype(typed)::dtype>(from, count, bytes); });
 }
 
 // `count` numbers that lie `stride` elements apart (of any sign) -> fp32.

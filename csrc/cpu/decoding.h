@@ -107,11 +107,7 @@ inline bool attention(const AttentionCall& call) {
         float* scores = sums + round_up(call.width, CHUNK);
         for (int64_t head = call.heads * thread / threads; head < call.heads * (thread + 1) / threads; ++head) {
             read_numbers(call.dtype, at(call.q, call.dtype, head * call.width), call.width, q);
-            switch (call.dtype) {
-                case DType::float32: attend<DType::float32>(call, head, q, scores, sums); break;
-                case DType::bfloat16: attend<DType::bfloat16>(call, head, q, scores, sums); break;
-                case DType::float16: attend<DType::float16>(call, head, q, scores, sums); break;
-            }
+            with_dtype(call.dtype, [&](auto typed) { attend<decltype(typed)::dtype>(call, head, q, scores, sums); });
             write_numbers(call.dtype, sums, call.width, at(call.y, call.dtype, head * call.width));
         }
     }
@@ -162,11 +158,7 @@ inline bool dense(const Joined<DenseCall>& joined) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int part = 0; part < threads; ++part) {
         for_rows(joined, part, threads, [&](const DenseCall& call, int64_t start, int64_t stop) {
-            switch (call.dtype) {
-                case DType::float32: return dense_rows<DType::float32>(call, scratch.floats, start, stop);
-                case DType::bfloat16: return dense_rows<DType::bfloat16>(call, scratch.floats, start, stop);
-                case DType::float16: return dense_rows<DType::float16>(call, scratch.floats, start, stop);
-            }
+            with_dtype(call.dtype, [&](auto typed) { dense_rows<decltype(typed)::dtype>(call, scratch.floats, start, stop); });
         });
     }
     return true;
