@@ -29,19 +29,19 @@ template <int BITS>
 QUANTLIB_INLINE ByteCodes byte_codes(const Planes& planes, int64_t span, int64_t ahead) {
     constexpr int FIRST = PLANE_WIDTHS[BITS][0], SECOND = PLANE_WIDTHS[BITS][1], THIRD = PLANE_WIDTHS[BITS][2];
     const uint8_t* first = planes.plane[0] + span * (SPAN * FIRST / 8);
-    fetch(first + ahead);
+    fetch_near(first + ahead);
     const Ints low = load_twos<FIRST>(first);
     ByteCodes codes = {place<0, 0, FIRST>(low), place<FIRST, 0, FIRST>(low)};
     if constexpr (SECOND != 0) {
         const uint8_t* second = planes.plane[1] + span * (SPAN * SECOND / 8);
-        fetch(second + ahead);
+        fetch_near(second + ahead);
         const Ints high = load_twos<SECOND>(second);
         codes.even = either(codes.even, place<0, FIRST, SECOND>(high));
         codes.odd = either(codes.odd, place<SECOND, FIRST, SECOND>(high));
     }
     if constexpr (THIRD != 0) {
         const uint8_t* third = planes.plane[2] + span * (SPAN * THIRD / 8);
-        fetch(third + ahead);
+        fetch_near(third + ahead);
         const Ints top = load_twos<THIRD>(third);
         codes.even = either(codes.even, place<0, FIRST + SECOND, THIRD>(top));
         codes.odd = either(codes.odd, place<THIRD, FIRST + SECOND, THIRD>(top));
@@ -142,7 +142,7 @@ struct Bytes : Decoder {
     template <class Take>
     QUANTLIB_INLINE void numbers(const Planes& planes, int64_t span, int64_t ahead, Ints&, Take take) const {
         const uint8_t* from = planes.plane[0] + span * SPAN;
-        fetch(from + ahead);
+        fetch_near(from + ahead);
         const Ints zeros = _mm256_setzero_si256(), exponent = _mm256_set1_epi16(0x4B00);
         for (int half = 0; half < 2; ++half) {
             const Ints bytes = load_bytes(from + half * 32);
@@ -176,7 +176,7 @@ struct SmallFloats : Decoder {
     template <class Take>
     QUANTLIB_INLINE void numbers(const Planes& planes, int64_t span, int64_t ahead, Ints& seen, Take take) const {
         const uint8_t* from = planes.plane[0] + span * SPAN;
-        fetch(from + ahead);
+        fetch_near(from + ahead);
         const Ints zeros = _mm256_setzero_si256();
         for (int half = 0; half < 2; ++half) {
             const Ints bytes = load_bytes(from + half * 32);

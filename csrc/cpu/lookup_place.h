@@ -31,7 +31,7 @@ struct Nibbles : PlaceDecoder {
     static int place(int vector) { return 4 * (vector % HALF); }
     QUANTLIB_INLINE Packed packed(const Planes& planes, int64_t span, int64_t ahead) const {
         const uint8_t* from = planes.plane[0] + span * (SPAN / 2);
-        fetch(from + ahead);
+        fetch_near(from + ahead);
         const Ints lanes = load_bytes(from);
         return {lanes, _mm256_srli_epi32(lanes, 16)};
     }

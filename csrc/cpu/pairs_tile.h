@@ -67,15 +67,6 @@ struct PairsTile {
         memset(memory.weights + rows * BLOCK_WORDS, 0, (tiles - rows) * BLOCK_WORDS * sizeof(uint16_t));
     }
 
-    // Ask for one of `parts` parts of what the tiles from row m of x on will read.
-    inline void fetch_x(int64_t m, int64_t part, int64_t parts, int64_t start, int64_t vectors) const {
-        const int64_t stop = least(call.m, m + TILE_XS);
-        for (; m < stop; ++m) {
-            const uint16_t* words = x + m * x_stride + start * SPAN;
-            for (int64_t v = vectors * part / parts; v < vectors * (part + 1) / parts; ++v) fetch(words + v * WORDS);
-        }
-    }
-
     inline void multiply(int64_t rows, int64_t start, int64_t stop, const TileMemory& memory) const {
         const int64_t vectors = (stop - start) * TURNS;
         const int64_t tiles = (call.m + TILE_XS - 1) / TILE_XS;  // of about one height: low ones wait for their sums
@@ -83,7 +74,6 @@ struct PairsTile {
             const int64_t m = call.m * t / tiles, next = call.m * (t + 1) / tiles;
             const TileFunction tile = TILES[next - m];
             for (int64_t r = 0; r < rows; r += TILE_ROWS) {
-                fetch_x(next, r / TILE_ROWS, (rows + TILE_ROWS - 1) / TILE_ROWS, start, vectors);
                 tile(memory.weights + r * BLOCK_WORDS, x + m * x_stride + start * SPAN, x_stride, vectors,
                      memory.sums + m * BLOCK_ROWS + r, BLOCK_ROWS);
             }

@@ -44,12 +44,17 @@ inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multi
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Ask for the cache line of an address, which may lie anywhere. The empty statement is an effect: gcc takes a function that does
-// nothing but prefetch for one without any, and drops the calls of it.
-QUANTLIB_INLINE void fetch_near(const void* address) {
-    __builtin_prefetch(address);
+// Ask for the cache line of an address, which may lie anywhere: into the first-level cache, the second-level cache, or, of what is read
+// once and should push nothing out, past it. The empty statement is an effect: gcc takes a function that does nothing but prefetch for
+// one without any, and drops the calls of it.
+template <int LOCALITY>
+QUANTLIB_INLINE void fetch_for(const void* address) {
+    __builtin_prefetch(address, 0, LOCALITY);
     __asm__ volatile("");
 }
+QUANTLIB_INLINE void fetch_near(const void* address) { fetch_for<3>(address); }
+QUANTLIB_INLINE void fetch(const void* address) { fetch_for<2>(address); }
+QUANTLIB_INLINE void fetch_once(const void* address) { fetch_for<0>(address); }
 
 // Two planes of a code: `low` in LOW bits, `high` above them. Bits above the code are left as they come.
 template <int LOW>

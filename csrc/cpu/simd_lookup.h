@@ -8,9 +8,6 @@
 
 namespace quantlib::cpu::QUANTLIB_ISA {
 
-// Ask for the cache line of an address, which may lie anywhere.
-QUANTLIB_INLINE void fetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0); }
-
 // Keep the compiler from knowing where a pointer points.
 template <class T>
 QUANTLIB_INLINE void hide(T*& pointer) { __asm__("" : "+r"(pointer)); }

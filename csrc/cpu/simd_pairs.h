@@ -14,11 +14,6 @@ namespace quantlib::cpu::QUANTLIB_ISA {
 typedef __m512i Words;  // 32 words of 16 bits
 constexpr int WORDS = 32;
 
-// Ask for the cache line of an address, which may lie anywhere: into the second-level cache; or, of what is read once and should push
-// nothing out, past it.
-QUANTLIB_INLINE void fetch(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T1); }
-QUANTLIB_INLINE void fetch_once(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_NTA); }
-
 QUANTLIB_INLINE Words load_words(const void* from) { return _mm512_loadu_si512(from); }
 // The same, into a register: the compiler would load again what it could keep.
 QUANTLIB_INLINE Words load_once(const void* from) {
