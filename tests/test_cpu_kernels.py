@@ -25,6 +25,7 @@ from quantlib.formats.packing import packed_width
 from quantlib.formats.scales import E4M3GlobalScale, E8M0Scale, FloatScale, SuperScale
 from quantlib.kernels import cpu, get_kernel
 from quantlib.kernels.base import Operation
+from quantlib.layouts.strips import whole_words
 from quantlib.testing import assert_close, assert_same_bits, random_weight
 
 from . import cases
@@ -87,8 +88,10 @@ def run(
     bias: torch.Tensor | None = None,
     batch_invariant: bool = False,
 ) -> torch.Tensor:
-    """The kernel of that name, having agreed to the problem."""
+    """The kernel of that name, having agreed to the problem, with the weight in the kernel's layout."""
     kernel = get_kernel(name)
+    if kernel.layout != "any":
+        weight = weight.to_layout(kernel.layout)
     m = 0 if kernel.operation == "dequantize" else x.shape[0]
     problem = problem_of(kernel.operation, m, weight, x.dtype, batch_invariant=batch_invariant)
     assert kernel.supports(problem) is None, kernel.supports(problem)
@@ -209,6 +212,30 @@ def test_any_rectangle_can_be_decoded(spec: str, isa: str) -> None:
     for rows, columns in (((0, 34), (0, 130)), ((-1, 3), (0, 130)), ((0, 33), (8, 130)), ((0, 33), (0, 131))):
         with pytest.raises(ValueError, match="out of range"):
             packed.decode(rows, columns, torch.empty(0))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_both_layouts_give_the_same_bits(spec: str, isa: str) -> None:
+    """Rows of whole 32-bit words, as 1920 columns are in every format: strips that are whole and not. Others are refused."""
+    taken = []
+    for n, k in (*cases.SHAPES, (35, 1920)):
+        weight = quantized(spec, n, k)
+        strips = weight.to_layout("cpu_rows")
+        if not whole_words(weight.format, k):
+            problem = problem_of("linear", 1, strips, torch.float32)
+            assert "whole 32-bit words" in (get_kernel("cpu_linear").supports(problem) or "")
+            with pytest.raises(ValueError, match="strips take rows of whole runs of eight columns"):
+                cpu.Packed.of(strips)
+            continue
+        taken.append(k)
+        assert_same_bits(run("cpu_dequantize", torch.empty(0), strips), run("cpu_dequantize", torch.empty(0), weight))
+        x = random_x(6, k, torch.float32)
+        for m in (1, 6):
+            assert_same_bits(run("cpu_linear", x[:m], strips), run("cpu_linear", x[:m], weight))
+        part, whole = torch.empty(max(0, n - 5), k), run("cpu_dequantize", torch.empty(0), weight)
+        cpu.Packed.of(strips).decode((n - len(part), n), (0, k), part)
+        assert_same_bits(part, whole[n - len(part) :])
+    assert 1920 in taken
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)

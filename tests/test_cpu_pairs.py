@@ -6,9 +6,16 @@ import pytest
 import torch
 
 import quantlib
+from quantlib import dispatch
 from quantlib.dispatch import choices, problem_of, select
+from quantlib.errors import KernelError
 from quantlib.formats import Format, get_format
+from quantlib.formats.block import Block
+from quantlib.formats.codecs import Affine
+from quantlib.formats.scales import E8M0Scale, FloatScale, SuperScale
 from quantlib.kernels import cpu, cpu_pairs, get_kernel
+from quantlib.kernels.cpu_program import Program, Term
+from quantlib.layouts.strips import whole_words
 from quantlib.testing import assert_close, assert_same_bits, assert_within_ulps, random_weight
 
 from . import cases
@@ -20,10 +27,10 @@ if cpu.unavailable is not None:
 if not cpu.has_pairs():
     pytest.skip(f"this CPU multiplies no bf16 pairs; it runs {cpu.isa()}", allow_module_level=True)
 
-DOTS = ("cpu_pairs_dot", *(["cpu_amx_dot"] if cpu.has_tiles() else []))
-TILES = ("cpu_pairs_skinny", "cpu_pairs_tile", *(["cpu_amx_linear"] if cpu.has_tiles() else []))
+DOTS = ("cpu_pairs_dot", "cpu_pairs_strip", *(["cpu_amx_dot"] if cpu.has_tiles() else []))
+TILES = ("cpu_pairs_strip_tile", "cpu_pairs_tile", *(["cpu_amx_linear"] if cpu.has_tiles() else []))
 DGRADS = ("cpu_pairs_dgrad", *(["cpu_amx_dgrad"] if cpu.has_tiles() else []))
-"""By operation and by how they round; all of an operation take bf16 x, the first of DOTS other dtypes too."""
+"""By operation and by how they round; all of an operation take bf16 x, the first two of DOTS other dtypes too."""
 
 TAKEN: tuple[Format, ...] = tuple(
     fmt for fmt in (*map(get_format, cases.FORMATS), *UNUSUAL) if fmt.codec.bits in cpu_pairs.CODE_BITS
@@ -38,6 +45,22 @@ pytestmark = pytest.mark.usefixtures("unusual_formats")
 
 def exact(fmt: Format) -> bool:
     return cpu_pairs.exact_in_bf16(fmt)
+
+
+def linear_kernels(weight: quantlib.QuantizedTensor, dtype: torch.dtype = torch.bfloat16) -> list[str]:
+    """Those of DOTS and TILES that take the weight; the others are asked why not."""
+    taken = []
+    for name in (*DOTS, *TILES) if dtype is torch.bfloat16 else DOTS[:2]:
+        fmt, layout = weight.format, get_kernel(name).layout
+        if layout == "cpu_rows" and not whole_words(fmt, weight.shape[1]):
+            problem = problem_of("linear", 1, weight.to_layout(layout), dtype)
+            assert "whole 32-bit words" in (get_kernel(name).supports(problem) or "")
+        elif name == "cpu_pairs_strip_tile" and fmt.codec.bits != 4 and not exact(fmt):
+            problem = problem_of("linear", 1, weight.to_layout(layout), dtype)
+            assert "values that bf16 holds" in (get_kernel(name).supports(problem) or "")
+        else:
+            taken.append(name)
+    return taken
 
 
 def identity_holds(y: torch.Tensor, decoded: torch.Tensor, fmt: Format) -> None:
@@ -56,7 +79,7 @@ def test_identity_gives_back_the_decoded_weight(spec: str) -> None:
             decoded = weight.dequantize(dtype).T.contiguous()
             rows = list(range(k)) if k < 600 else [0, 1, 127, 128, 2047, 2048, k - 1]
             eye = torch.eye(k, dtype=dtype)[rows]
-            for name in (*DOTS, *TILES) if dtype is torch.bfloat16 else DOTS[:1]:
+            for name in linear_kernels(weight, dtype):
                 identity_holds(run(name, eye, weight), decoded[rows], weight.format)
 
 
@@ -78,12 +101,90 @@ def test_products_are_those_of_the_decoded_weight(spec: str) -> None:
             bias = torch.randn(n).to(dtype) if i % 2 else None
             for m in (0, 1, 2, 3, 7, 13, 35):
                 x = random_x(m, k, dtype)
-                for name in (*DOTS, *TILES) if dtype is torch.bfloat16 else DOTS[:1]:
+                for name in linear_kernels(weight, dtype):
                     assert_close(run(name, x, weight, bias), fp64_product(x, weight, bias))
         for m in (0, 1, 5, 14, 35):
             dy = random_x(m, n, torch.bfloat16)
             for name in DGRADS:
                 assert_close(run(name, dy, weight), dy.double() @ weight.dequantize().double())
+
+
+WIDE: tuple[Format, ...] = (
+    Format("super-8-of-128", Affine(4), Block(1, 128), SuperScale(bits=6, count=8, signed=True)),
+    Format("super-16-of-64", Affine(4, signed=False), Block(1, 64), SuperScale(4, 16, has_minimum=True), zero="minimum"),
+    Format("super-8-of-2048", Affine(4), Block(1, 2048), SuperScale(bits=8, count=8, signed=True)),
+    Format("tiles-of-256", Affine(4, signed=False), Block(256, 256), FloatScale(torch.float16), zero="integer"),
+    Format("tiles-of-192", Affine(4), Block(128, 192), FloatScale(torch.float32)),
+    Format("powers-of-512", Affine(4), Block(1, 512), E8M0Scale()),
+)
+
+
+@pytest.mark.parametrize(
+    "spec", ["int4-g1024", "int4-g512-asym", "int4-g96-asym", "int4-g768-bf16", *(fmt.name for fmt in WIDE)]
+)
+def test_blocks_of_many_columns_keep_the_law(spec: str) -> None:
+    """Blocks whose numbers are no whole words of what tiles decode at once, and ones that end far behind column K."""
+    fmt = {wide.name: wide for wide in WIDE}.get(spec) or get_format(spec)
+    for n, k in ((40, 6144), (17, 384), (16, 4096), (33, 200)):
+        parts = {}
+        generator = torch.Generator().manual_seed(n + k)
+        for name, part in fmt.specs(n, k).items():
+            if part.dtype == torch.uint8:
+                low, high = (110, 130) if fmt.scale.kind == "e8m0" and name == "scales" else (0, 256)
+                parts[name] = torch.randint(low, high, part.shape, generator=generator, dtype=torch.uint8)
+            else:
+                parts[name] = torch.randn(part.shape, generator=generator).to(part.dtype)
+        weight = quantlib.QuantizedTensor(fmt, (n, k), parts)
+        if not whole_words(fmt, k):
+            continue
+        rows = [0, 1, 127, k // 2, k - 1]
+        eye = torch.eye(k, dtype=torch.bfloat16)[rows]
+        decoded = weight.dequantize(torch.bfloat16).T[rows]
+        x = random_x(9, k, torch.bfloat16)
+        for name in ("cpu_pairs_strip", "cpu_pairs_strip_tile", "cpu_pairs_tile"):
+            identity_holds(run(name, eye, weight), decoded, fmt)
+            assert_close(run(name, x, weight), fp64_product(x, weight))
+
+
+@pytest.mark.parametrize("spec", NAMES)
+def test_both_layouts_give_the_same_bits(spec: str) -> None:
+    """What decodes blocks of rows reads strips by way of the rows layout: blocks that begin and end inside a strip, and not."""
+    for n, k in ((64, 256), (200, 576), (35, 1920)):
+        weight = quantized(spec, n, k)
+        if not whole_words(weight.format, k):
+            assert k < 1920
+            continue
+        strips = weight.to_layout("cpu_rows")
+        for name, width in (("cpu_pairs_tile", k), ("cpu_pairs_dgrad", n)):
+            x = random_x(7, width, torch.bfloat16)
+            results = for_numbers_of_threads(lambda name=name, x=x, strips=strips: run(name, x, strips))  # type: ignore[misc]
+            for y in results:
+                assert_same_bits(y, run(name, x, weight))
+
+
+def test_a_kernel_of_another_layout_refuses_in_words() -> None:
+    weight = quantized("int4-g128", 64, 256)
+    strips, x = weight.to_layout("cpu_rows"), random_x(1, 256, torch.bfloat16)
+    y = torch.empty(1, 64, dtype=torch.bfloat16)
+    for name in ("pairs_dot", "lookup_dot"):
+        if name == "pairs_dot" or cpu.has_lookup():
+            with pytest.raises(ValueError, match="reads weights in the layout rows, not in cpu_rows"):
+                cpu.Packed.of(strips).product(getattr(cpu.native(), name), x, None, y)
+    for name in ("pairs_strip", "pairs_strip_tile"):
+        with pytest.raises(ValueError, match="reads weights in the layout cpu_rows, not in rows"):
+            cpu.Packed.of(weight).product(getattr(cpu.native(), name), x, None, y)
+    program = Program(1, torch.bfloat16, 1)
+    with pytest.raises(ValueError, match="reads weights in the layout rows"):
+        program.product("pairs_dot", x[0].clone(), [Term(strips, None, y[0].clone())])
+    both = [Term(weight, None, y[0].clone()), Term(strips, None, y[0].clone())]
+    with pytest.raises(KernelError, match="one layout, not of rows, cpu_rows"):
+        program.product("linear", x[0].clone(), both)
+
+
+def test_one_kernel_serves_batch_invariant_products_of_strips() -> None:
+    weight = quantized("nvfp4", 96, 256).to_layout("cpu_rows")
+    problems = [problem_of("linear", m, weight, torch.bfloat16, batch_invariant=True) for m in (1, 2, 8, 70, 3000)]
+    assert {select(problem).name for problem in problems} == {"cpu_pairs_strip"}
 
 
 @pytest.mark.parametrize("name", [*DOTS, *TILES, *DGRADS])
@@ -102,10 +203,10 @@ def test_bits_do_not_depend_on_threads_or_batch(spec: str, name: str, monkeypatc
 
 @pytest.mark.parametrize("name", [*DOTS, *TILES, *DGRADS])
 def test_strides_of_x_do_not_matter(name: str) -> None:
-    weight = quantized("int4-g32-asym", 130, 130)
-    base = random_x(300, 300, torch.bfloat16)
+    weight = quantized("int4-g32-asym", 130, 160)
+    base, k = random_x(330, 330, torch.bfloat16), 130 if name in DGRADS else 160
     for m in (1, 19):
-        for x in (base[:m, :130], base[:130, :m].T, base[: 2 * m : 2, :260:2], base[:1, :130].expand(m, 130)):
+        for x in (base[:m, :k], base[:k, :m].T, base[: 2 * m : 2, : 2 * k : 2], base[:1, :k].expand(m, k)):
             assert_same_bits(run(name, x, weight), run(name, x.contiguous(), weight))
 
 
@@ -115,9 +216,13 @@ def test_fp32_numbers_of_any_size_are_split_without_a_loss() -> None:
         get_format("int8-channel-fp32"), (1, 1), quantlib.quantize(torch.full((1, 1), 127.0), "int8-channel-fp32").parts
     )
     one = float(weight.dequantize())
+    eight = quantlib.quantize(torch.full((1, 8), 127.0), "int8-channel-fp32")
     values = torch.tensor([1.0, 3.0000002, -1.7014118e38, 1.1754944e-30, 0.1, -65504.0, 16777215.0])
     x = values.view(-1, 1)
     assert_same_bits(run("cpu_pairs_dot", x, weight), (x.double() * one).float())
+    beside = torch.zeros(len(values), 8)
+    beside[:, 5] = values
+    assert_same_bits(run("cpu_pairs_strip", beside, eight), (x.double() * one).float())
     for odd in (float("inf"), float("-inf"), float("nan")):
         y = run("cpu_pairs_dot", torch.tensor([[odd]]), weight)
         assert torch.equal(y, torch.tensor([[odd]])) or bool(y.isnan().all() and odd != odd)
@@ -152,9 +257,12 @@ def test_numbers_of_the_next_row_do_not_reach_a_row_that_ends_inside_a_span(spec
 def test_dispatch_takes_them_where_they_are_fastest_and_says_why_not_elsewhere() -> None:
     weight = quantized("int4-g128", 64, 256)
     assert select(problem_of("linear", 1, weight, torch.bfloat16)).name == "cpu_pairs_dot"
-    few = DOTS[1] if cpu.has_tiles() else "cpu_pairs_skinny"
-    assert {select(problem_of("linear", m, weight, torch.bfloat16)).name for m in (8, 16)} == {few}
     assert select(problem_of("linear", 512, weight, torch.bfloat16)).name == TILES[-1]
+    strips = weight.to_layout("cpu_rows")
+    assert {select(problem_of("linear", m, strips, torch.bfloat16)).name for m in (1, 8, 16)} == {"cpu_pairs_strip"}
+    assert select(problem_of("linear", 512, strips, torch.bfloat16)).name == "cpu_pairs_strip_tile"
+    best = dispatch.best_layout(weight.format, (4096, 4096), "cpu", torch.bfloat16)
+    assert best == ("rows" if cpu.has_tiles() else "cpu_rows")
     assert select(problem_of("dgrad", 512, weight, torch.bfloat16)).name == DGRADS[-1]
     refusals = {choice.kernel: choice.refusal or "" for choice in choices(problem_of("linear", 1, weight, torch.float16))}
     assert "multiplies bf16; x is float16" in refusals["cpu_pairs_tile"]
@@ -195,5 +303,5 @@ def test_random_codes_of_every_width_keep_the_law() -> None:
         codes = torch.randint(0, 256, weight.parts["codes"].shape, generator=generator, dtype=torch.uint8)
         weight = quantlib.QuantizedTensor(weight.format, weight.shape, weight.parts | {"codes": codes})
         eye = torch.eye(512, dtype=torch.bfloat16)
-        for name in (*DOTS, *TILES):
+        for name in linear_kernels(weight):
             identity_holds(run(name, eye, weight), weight.dequantize(torch.bfloat16).T.contiguous(), weight.format)

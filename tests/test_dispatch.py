@@ -90,10 +90,10 @@ def test_buckets_are_exact_where_kernels_change_and_powers_of_two_above() -> Non
     assert [dispatch.bucket(m) for m in (0, 1, 16, 17, 64, 65, 128, 129, 4000)] == [0, 1, 16, 17, 64, 128, 128, 256, 4096]
 
 
-def test_another_layout_refuses_the_kernels_of_rows() -> None:
+def test_another_layout_refuses_the_kernels_of_the_cpu() -> None:
     found = {choice.kernel: choice for choice in dispatch.choices(problem(layout="tiles"))}
     assert found["reference_linear"].cost is not None
-    assert found["cpu_linear"].refusal == "works on the layout 'rows', the weight lies in 'tiles'"
+    assert found["cpu_linear"].refusal == "reads the layouts rows and cpu_rows; the weight lies in 'tiles'"
 
 
 def test_costs_follow_bytes_at_small_m_and_flops_at_large_m() -> None:
@@ -131,7 +131,7 @@ def test_the_cpu_extension_is_built_wherever_there_is_a_compiler() -> None:
 
 
 @pytest.mark.parametrize("spec", ["nvfp4", "int4-g128", "fp8-e4m3-block128", "q4_k"])
-@pytest.mark.parametrize("layout", ["rows", "fragments"])
+@pytest.mark.parametrize("layout", ["rows", "fragments", "cpu_rows"])
 @pytest.mark.parametrize("device", [None, H100], ids=["cpu", "cuda"])
 def test_batch_invariant_products_of_every_batch_go_to_one_kernel(device: Device | None, layout: str, spec: str) -> None:
     for size in (33, 130, 4096):

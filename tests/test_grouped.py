@@ -495,7 +495,7 @@ def test_the_layer_is_every_tokens_experts_weighted() -> None:
 
 def test_the_layer_keeps_its_bits_through_dtypes_layouts_and_state_dicts() -> None:
     layer, hidden, chosen, scores = make_layer()
-    y = layer(hidden, chosen, scores)
+    y = layer.prepare(torch.float32)(hidden, chosen, scores)
     saved = {name: part.clone() for name, part in layer.state_dict().items()}
     layer.to(torch.float16)
     layer.gate_up._set_parts(layer.gate_up.qexperts.to_layout("fragments"))

@@ -12,7 +12,7 @@ from quantlib.formats.block import Block
 from quantlib.formats.codecs import E2M1, Affine, Minifloat
 from quantlib.formats.packing import pack, unpack
 from quantlib.formats.scales import E4M3GlobalScale, FloatScale
-from quantlib.layouts import fragments, list_layouts
+from quantlib.layouts import fragments, list_layouts, strips
 from quantlib.tensor import QuantizedTensor
 from quantlib.testing import assert_same_bits, random_weight
 from tests.cases import FORMATS, SHAPES
@@ -57,6 +57,52 @@ def test_every_registered_format_fits_the_fragments_layout() -> None:
 
 def lane_words(weight: QuantizedTensor, name: str = "codes") -> Tensor:
     return weight.to_layout("fragments").parts[name]
+
+
+@pytest.mark.parametrize(("n", "k", "word"), [(40, 48, 4), (19, 36, 2), (3, 18, 1), (16, 8, 4)])
+def test_strips_of_rows_lie_where_the_diagram_says(n: int, k: int, word: int) -> None:
+    """Each word of each row is found again by the formula of the module's docstring."""
+    fmt = Format("plain", Affine(4), Block(1, None), FloatScale(torch.float16))
+    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
+    weight = QuantizedTensor(fmt, (n, k), {"codes": codes, "scales": torch.ones(n, 1, dtype=torch.float16)})
+    strips = weight.to_layout("cpu_rows")
+    flat, width = strips.parts["codes"].view(-1).tolist(), k // 2
+    assert strips.parts["codes"].shape == codes.shape
+    assert width % word == 0
+    for row, byte in torch.cartesian_prod(torch.arange(n), torch.arange(width)).tolist():
+        first = row // 16 * 16
+        height = min(16, n - first)
+        at = first * width + (byte // word * height + row - first) * word + byte % word
+        assert flat[at] == codes[row, byte]
+    assert_same_bits(strips.parts["scales"], weight.parts["scales"])
+
+
+@pytest.mark.parametrize(
+    ("spec", "k", "names"),
+    [
+        ("nvfp4", 256, {"codes", "scales"}),
+        ("nvfp4", 96, {"codes"}),  # six bytes of scales to a row
+        ("int4-g32-asym", 256, {"codes", "scales", "zeros"}),
+        ("q4_1", 128, {"codes", "scales", "minima"}),
+        ("nf4-dq", 256, {"codes"}),
+        ("q4_k", 512, {"codes"}),
+        ("fp8-e4m3-block128", 512, {"codes"}),
+        ("int8-channel", 64, {"codes"}),
+    ],
+)
+def test_numbers_of_blocks_lie_in_strips_where_rows_have_whole_words_of_them(spec: str, k: int, names: set[str]) -> None:
+    fmt, n = get_format(spec), 21
+    assert set(strips.moved(fmt, n, k)) == names
+    weight = quantized(fmt, n, k)
+    there = weight.to_layout("cpu_rows").parts
+    for name, part in weight.parts.items():
+        rows, flat = part.reshape(-1).view(torch.uint8), there[name].reshape(-1).view(torch.uint8)
+        if name not in names:
+            assert torch.equal(rows, flat)
+            continue
+        words, whole = rows.view(n, -1, 4), flat[: 16 * rows.numel() // n].view(-1, 16, 4)
+        assert torch.equal(whole, words[:16].transpose(0, 1))
+        assert torch.equal(flat[whole.numel() :].view(-1, 5, 4), words[16:].transpose(0, 1))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

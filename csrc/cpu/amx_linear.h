@@ -54,7 +54,7 @@ struct AmxLinear {
     inline void decode(const Decoder& decoder, int64_t row, int64_t rows, int64_t start, int64_t stop,
                        const AmxMemory& memory) const {
         for (int64_t r = 0; r < rows; ++r) {
-            decode_columns(decoder, call, row + r, start, stop, memory.weights + r * AMX_ROW_WORDS, memory.numbers.of(r));
+            decode_columns(decoder, *call.plan, call.parts, row + r, start, stop, memory.weights + r * AMX_ROW_WORDS, memory.numbers.of(r));
         }
         memset(memory.weights + rows * AMX_ROW_WORDS, 0, (tiles_of(rows) * TILE - rows) * AMX_ROW_WORDS * sizeof(uint16_t));
     }

@@ -70,7 +70,7 @@ struct PlanArguments {
     int super_bits, super_count;
     float super_offset;
     std::vector<float> scale_values;
-    bool has_zero, has_minimum;
+    bool has_zero, has_minimum, strips;
 };
 
 Plan make_plan(const PlanArguments& a) {
@@ -97,7 +97,10 @@ Plan make_plan(const PlanArguments& a) {
     }
     plan.supers_across = plan.scale == ScaleKind::super ? a.blocks_across / a.super_count : 0;
     if (plan.scale == ScaleKind::double_quant) fill(plan.scale_values, a.scale_values, "scale_values");
-    plan.has_zero = a.has_zero, plan.has_minimum = a.has_minimum;
+    plan.has_zero = a.has_zero, plan.has_minimum = a.has_minimum, plan.strips = a.strips;
+    if (plan.strips && (a.padded_k % 8 != 0 || a.padded_k * (a.bits & -a.bits) % 32 != 0)) {
+        throw std::invalid_argument("strips take rows of whole runs of eight columns, and planes of whole words of 32 bits");
+    }
     return plan;
 }
 
@@ -128,7 +131,7 @@ constexpr char PAIRS[] = "products of bf16 pairs", TILES[] = "tile registers", L
 bool run(bool (*kernel)(const LinearCall&), const LinearCall& call) { return kernel(call); }
 bool run(bool (*kernel)(const Joined<LinearCall>&), const LinearCall& call) { return kernel({&call, 1, false}); }
 
-template <auto KERNEL, const char* WHAT>
+template <auto KERNEL, const char* WHAT, Reads READS>
 void linear(const Plan& plan, const Parts& parts, int64_t m, const std::string& dtype, uintptr_t x, int64_t x_row_stride,
             int64_t x_column_stride, uintptr_t bias, uintptr_t y, int threads) {
     const LinearCall call = {&plan,         parts,
@@ -140,6 +143,7 @@ void linear(const Plan& plan, const Parts& parts, int64_t m, const std::string& 
                              threads};
     const auto chosen = kernels().*KERNEL;
     if (chosen == nullptr) throw std::invalid_argument("the instruction set " + isa() + " has no " + WHAT);
+    check_layout(READS, plan);
     py::gil_scoped_release release;
     if (!run(chosen, call)) throw std::bad_alloc();
 }
@@ -225,21 +229,21 @@ void bind_features(py::module_& module) {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
-    module.doc() = "CPU kernels of quantlib: packed weights of the rows layout";
+    module.doc() = "CPU kernels of quantlib: packed weights of the layouts rows and cpu_rows";
     choose_isa();
 
     py::class_<Plan>(module, "Plan", "Everything about a weight of one format and shape except where its bytes lie.")
         .def(py::init([](int64_t n, int64_t k, int64_t padded_k, int bits, const std::string& codec, float offset,
                          const std::vector<float>& values, int64_t block_rows, int64_t block_cols, int64_t blocks_across,
                          const std::string& scale, const std::string& scale_dtype, int super_bits, int super_count,
-                         float super_offset, const std::vector<float>& scale_values, bool has_zero, bool has_minimum) {
+                         float super_offset, const std::vector<float>& scale_values, bool has_zero, bool has_minimum, bool strips) {
                  return make_plan({n, k, padded_k, bits, codec, offset, values, block_rows, block_cols, blocks_across, scale,
-                                   scale_dtype, super_bits, super_count, super_offset, scale_values, has_zero, has_minimum});
+                                   scale_dtype, super_bits, super_count, super_offset, scale_values, has_zero, has_minimum, strips});
              }),
              py::kw_only(), py::arg("n"), py::arg("k"), py::arg("padded_k"), py::arg("bits"), py::arg("codec"),
              py::arg("offset"), py::arg("values"), py::arg("block_rows"), py::arg("block_cols"), py::arg("blocks_across"),
              py::arg("scale"), py::arg("scale_dtype"), py::arg("super_bits"), py::arg("super_count"),
-             py::arg("super_offset"), py::arg("scale_values"), py::arg("has_zero"), py::arg("has_minimum"));
+             py::arg("super_offset"), py::arg("scale_values"), py::arg("has_zero"), py::arg("has_minimum"), py::arg("strips"));
 
     py::class_<Parts>(module, "Parts", "Where the bytes of a weight lie: addresses by the names of its parts.")
         .def(py::init([](const Plan& plan, const py::dict& parts) { return make_parts(plan, parts); }), py::arg("plan"),
@@ -249,17 +253,18 @@ PYBIND11_MODULE(_cpu, module) {
         module.def(name, function, py::arg("plan"), py::arg("parts"), py::arg("m"), py::arg("dtype"), py::arg("x"),
                    py::arg("x_row_stride"), py::arg("x_column_stride"), py::arg("bias"), py::arg("y"), py::arg("threads"), text);
     };
-    define_product("linear", &linear<&Kernels::linear, PAIRS>,
+    define_product("linear", &linear<&Kernels::linear, PAIRS, Reads::both>,
                    "y[m, n] = x[m, k] W^T + bias; addresses of x, bias (fp32, or 0) and y, the latter contiguous.");
-    define_product("pairs_dot", &linear<&Kernels::pairs_dot, PAIRS>, "The same with codes of 2 to 6 or 8 bits as bf16 numbers.");
-    define_product("pairs_skinny", &linear<&Kernels::pairs_skinny, PAIRS>, "As pairs_tile, for few rows of x.");
-    define_product("pairs_tile", &linear<&Kernels::pairs_tile, PAIRS>, "The same for bf16 x, with weights rounded to bf16.");
-    define_product("pairs_dgrad", &linear<&Kernels::pairs_dgrad, PAIRS>, "y[m, k] = x[m, n] W in bf16, without a bias.");
-    define_product("amx_dot", &linear<&Kernels::amx_dot, TILES>, "As pairs_dot for bf16 x, in tile registers.");
-    define_product("amx_linear", &linear<&Kernels::amx_linear, TILES>, "As pairs_tile, in tile registers.");
-    define_product("amx_dgrad", &linear<&Kernels::amx_dgrad, TILES>, "As pairs_dgrad, in tile registers.");
-    define_product("lookup_dot", &linear<&Kernels::lookup_dot, LOOKUPS>, "The same by byte look-ups, for few rows of x.");
-    define_product("lookup_tile", &linear<&Kernels::lookup_tile, LOOKUPS>, "The same for several rows of x, with weights decoded in fp32.");
+    define_product("pairs_dot", &linear<&Kernels::pairs_dot, PAIRS, Reads::rows>, "The same with codes of 2 to 6 or 8 bits as bf16 numbers.");
+    define_product("pairs_strip", &linear<&Kernels::pairs_strip, PAIRS, Reads::strips>, "As pairs_dot, of a plan with strips.");
+    define_product("pairs_strip_tile", &linear<&Kernels::pairs_strip_tile, PAIRS, Reads::strips>, "As pairs_tile, of a plan with strips.");
+    define_product("pairs_tile", &linear<&Kernels::pairs_tile, PAIRS, Reads::both>, "The same for bf16 x, with weights rounded to bf16.");
+    define_product("pairs_dgrad", &linear<&Kernels::pairs_dgrad, PAIRS, Reads::both>, "y[m, k] = x[m, n] W in bf16, without a bias.");
+    define_product("amx_dot", &linear<&Kernels::amx_dot, TILES, Reads::rows>, "As pairs_dot for bf16 x, in tile registers.");
+    define_product("amx_linear", &linear<&Kernels::amx_linear, TILES, Reads::rows>, "As pairs_tile, in tile registers.");
+    define_product("amx_dgrad", &linear<&Kernels::amx_dgrad, TILES, Reads::rows>, "As pairs_dgrad, in tile registers.");
+    define_product("lookup_dot", &linear<&Kernels::lookup_dot, LOOKUPS, Reads::rows>, "The same by byte look-ups, for few rows of x.");
+    define_product("lookup_tile", &linear<&Kernels::lookup_tile, LOOKUPS, Reads::rows>, "The same for several rows of x, with weights decoded in fp32.");
     module.def("rows_to_int8", &rows_to_int8, py::arg("m"), py::arg("k"), py::arg("dtype"), py::arg("x"), py::arg("x_row_stride"),
                py::arg("x_column_stride"), py::arg("codes"), py::arg("scales"), py::arg("rounded"), py::arg("threads"),
                "x[m, k] -> bytes[m, k], fp32[m] and what they stand for in x's dtype, at those addresses, each of which may be 0; as the "

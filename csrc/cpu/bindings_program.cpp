@@ -17,11 +17,12 @@ namespace quantlib::cpu {
 
 namespace {
 
-constexpr std::pair<const char*, Product> PRODUCTS[] = {
-    {"linear", &Kernels::linear},
-    {"pairs_dot", &Kernels::pairs_dot},
-    {"amx_dot", &Kernels::amx_dot},
-    {"lookup_dot", &Kernels::lookup_dot}};
+using ReadBy = std::pair<Product, Reads>;
+constexpr std::pair<const char*, ReadBy> PRODUCTS[] = {{"linear", {&Kernels::linear, Reads::both}},
+                                                       {"pairs_dot", {&Kernels::pairs_dot, Reads::rows}},
+                                                       {"pairs_strip", {&Kernels::pairs_strip, Reads::strips}},
+                                                       {"amx_dot", {&Kernels::amx_dot, Reads::rows}},
+                                                       {"lookup_dot", {&Kernels::lookup_dot, Reads::rows}}};
 
 const void* from(uintptr_t address) { return reinterpret_cast<const void*>(address); }
 void* to(uintptr_t address) { return reinterpret_cast<void*>(address); }
@@ -33,8 +34,11 @@ using Plain = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t>;  // and its 
 // One row of x.
 void product(Program& program, const std::string& kernel, const std::vector<Quantized>& weights, const std::string& dtype,
              uintptr_t x, bool gated, int threads) {
-    ProductStep step = {parse(PRODUCTS, kernel), {}, gated};
+    const auto [function, reads] = parse(PRODUCTS, kernel);
+    ProductStep step = {function, {}, gated};
     for (const auto& [plan, parts, bias, y] : weights) {
+        check_layout(reads, *plan);
+        if (plan->strips != std::get<0>(weights[0])->strips) throw std::invalid_argument("weights of one step lie in two layouts");
         step.calls.push_back({plan, *parts, 1, parse(DTYPES, dtype), from(x), plan->k, 1, reinterpret_cast<const float*>(bias),
                               to(y), threads});
     }

@@ -2,7 +2,7 @@
 // except for a last chunk that is not whole.
 #pragma once
 
-#include "rows.h"
+#include "strips.h"
 
 namespace quantlib::cpu::QUANTLIB_ISA {
 
@@ -15,7 +15,8 @@ inline bool dequantize(const DequantizeCall& call) {
     const int64_t first = call.column_start / CHUNK, last = round_up(call.column_stop, CHUNK) / CHUNK;
     const int64_t direct = call.dtype == DType::float32 ? width / CHUNK : 0;  // chunks that need no scratch
     const int threads = useful_threads(rows * width, call.threads);
-    const int64_t thread_floats = round_up(numbers_size(plan) + (last - first) * CHUNK, LANES);
+    const int64_t decoded_floats = round_up(numbers_size(plan) + (last - first) * CHUNK, LANES);
+    const int64_t thread_floats = decoded_floats + PartRows::floats(plan);
     const Scratch scratch(threads * thread_floats);
     if (scratch.floats == nullptr) return false;
 
@@ -26,9 +27,11 @@ inline bool dequantize(const DequantizeCall& call) {
         float* memory = scratch.floats + part * thread_floats;
         const RowNumbers numbers = carve_numbers(plan, memory);
         float* decoded = memory + numbers_size(plan);
+        PartRows whole(plan, memory + decoded_floats);
         for (int64_t i = rows * part / threads; i < rows * (part + 1) / threads; ++i) {
-            expand_row(plan, call.parts, call.row_start + i, numbers, plan.piece);
-            const Row weights(plan, call.parts, call.row_start + i, numbers);
+            const Parts& parts = whole.of(call.parts, call.row_start + i);
+            expand_row(plan, parts, call.row_start + i, numbers, plan.piece);
+            const Row weights(plan, parts, call.row_start + i, numbers);
             uint8_t* to = out + i * row_bytes;
             StoreSink straight{reinterpret_cast<float*>(to)}, sink{decoded};
             weights.decode(loop, first, first + direct, straight);

@@ -175,13 +175,17 @@ struct Int8Memory {
     float* sums;  // [INT8_BLOCK_ROWS][m rounded up to whole vectors]
     float* out;   // [LANES][INT8_BLOCK_ROWS]
     BlockNumbers numbers;
+    PartRows rows;  // INT8_BLOCK_ROWS of them
     int8_t table[64];  // codes of up to six bits -> multiples of the unit
 
     static int64_t floats(const LinearCall& call, const BlockNumbers& numbers) {
         return INT8_BLOCK_ROWS * (INT8_STRIDE / 4 + INT8_PIECES + Int8X::vectors(call.m) * LANES + LANES) +
-               round_up(numbers.floats(), LANES);
+               round_up(numbers.floats(), LANES) + PartRows::floats(*call.plan, INT8_BLOCK_ROWS);
     }
-    Int8Memory(const Int8Call& call, const BlockNumbers& placeless, float* memory) : numbers(placeless) {
+    Int8Memory(const Int8Call& call, const BlockNumbers& placeless, float* memory)
+        : numbers(placeless),
+          rows(*call.linear.plan, memory + floats(call.linear, placeless) - PartRows::floats(*call.linear.plan, INT8_BLOCK_ROWS),
+               INT8_BLOCK_ROWS) {
         memset(memory, 0, floats(call.linear, placeless) * sizeof(float));
         weights = reinterpret_cast<int8_t*>(memory), memory += INT8_BLOCK_ROWS * INT8_STRIDE / 4;
         corrections = reinterpret_cast<int32_t*>(memory), memory += INT8_BLOCK_ROWS * INT8_PIECES;
@@ -212,9 +216,10 @@ struct Int8Tile {
 
     // Columns start ... stop of a row, which is the r-th of its block, and the sums that its pieces start with.
     template <int BITS>
-    void decode_row(int64_t row, int64_t r, int64_t start, int64_t stop, const Ahead& next, const Int8Memory& memory) const {
+    void decode_row(const Parts& parts, int64_t row, int64_t r, int64_t start, int64_t stop, const Ahead& next,
+                    const Int8Memory& memory) const {
         const Plan& plan = *call.linear.plan;
-        const Planes planes = planes_of(BITS, call.linear.parts.codes + row * (plan.padded_k * BITS / 8), plan.padded_k);
+        const Planes planes = planes_of(BITS, parts.codes + row * (plan.padded_k * BITS / 8), plan.padded_k);
         const Ints table = load_ints(memory.table), offset = same_bytes(int(plan.offset));
         const int64_t last = least(stop, plan.padded_k), row_bytes = plan.padded_k * BITS / 8;
         int8_t* const weights = memory.weights + r * INT8_STRIDE;
@@ -249,8 +254,9 @@ struct Int8Tile {
 
     // Rows row ... row + rows.
     inline void decode_block(int64_t row, int64_t rows, int64_t start, int64_t stop, const Int8Memory& memory) const {
+        const Parts parts = memory.rows.codes(call.linear.parts, row, rows, start, stop);
         const auto all = [&](auto decode) {
-            for (int64_t r = 0; r < rows; ++r) (this->*decode)(row + r, r, start, stop, ahead(r, rows, start, stop), memory);
+            for (int64_t r = 0; r < rows; ++r) (this->*decode)(parts, row + r, r, start, stop, ahead(r, rows, start, stop), memory);
         };
         switch (call.linear.plan->bits) {
             case 1: return all(&Int8Tile::decode_row<1>);
@@ -315,7 +321,7 @@ struct Int8Tile {
         const int64_t decoded = even_part(columns, INT8_DECODED), multiplied = even_part(decoded, INT8_MULTIPLIED);
         for (int64_t row = from; row < to; row += INT8_BLOCK_ROWS) {
             const int64_t count = least(INT8_BLOCK_ROWS, to - row);
-            memory.numbers.expand(call.linear.parts, row, count);
+            memory.numbers.expand(memory.rows.numbers(call.linear.parts, row, count), row, count);
             memset(memory.sums, 0, INT8_BLOCK_ROWS * Int8X::vectors(call.linear.m) * LANES * sizeof(float));
             for (int64_t start = 0; start < columns; start += decoded) {
                 const int64_t stop = least(columns, start + decoded);
@@ -350,11 +356,11 @@ inline bool int8_tile(const Int8Call& call) {
     for (int64_t vector = 0; vector < vectors; ++vector) x.arrange(vector);
 
     const Int8Tile work{call, x, columns, piece};
-    const int64_t tiles = (plan.n + INT8_ROWS - 1) / INT8_ROWS;
+    const int64_t share = share_of(plan, INT8_ROWS);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int part = 0; part < threads; ++part) {
         const Int8Memory memory(call, numbers, scratch.floats + part * thread_floats);
-        work.rows(tiles * part / threads * INT8_ROWS, least(plan.n, tiles * (part + 1) / threads * INT8_ROWS), memory);
+        work.rows(share_start(plan.n, share, part, threads), share_start(plan.n, share, part + 1, threads), memory);
     }
     return true;
 }

@@ -10,7 +10,8 @@
 #include "linear.h"
 #include "pairs_dgrad.h"
 #include "pairs_dot.h"
-#include "pairs_skinny.h"
+#include "pairs_strip.h"
+#include "pairs_strip_tile.h"
 #include "pairs_tile.h"
 #include "prompt_attention.h"
 #include "prompt_steps.h"
@@ -32,10 +33,12 @@ const Kernels kernels = {
     linear,
 #ifdef QUANTLIB_HAS_PAIRS
     pairs_dot,
-    pairs_skinny,
+    pairs_strip,
+    pairs_strip_tile,
     pairs_tile,
     pairs_dgrad,
 #else
+    nullptr,
     nullptr,
     nullptr,
     nullptr,

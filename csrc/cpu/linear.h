@@ -9,7 +9,7 @@
 //             x comes from the second-level cache, and each load of it serves ROWS rows
 #pragma once
 
-#include "rows.h"
+#include "strips.h"
 
 namespace quantlib::cpu::QUANTLIB_ISA {
 
@@ -68,9 +68,10 @@ struct LinearWork {
     }
 
     // M = 1
-    inline void one_row(int64_t row, const RowNumbers& numbers) const {
-        expand_row(*call.plan, call.parts, row, numbers, call.plan->piece);
-        const Row weights(*call.plan, call.parts, row, numbers);
+    inline void one_row(int64_t row, const RowNumbers& numbers, PartRows& whole) const {
+        const Parts& parts = whole.of(call.parts, row);
+        expand_row(*call.plan, parts, row, numbers, call.plan->piece);
+        const Row weights(*call.plan, parts, row, numbers);
         DotSink sink{x, {zero(), zero()}};
         weights.decode(dot_loop, 0, columns / CHUNK, sink);
         float value = total(sink.chain[0], sink.chain[1]);
@@ -79,15 +80,15 @@ struct LinearWork {
 
     // R rows of W with every row of x. `decoded`: R * BLOCK floats; `chains`: R * m * 2 vectors.
     template <int R>
-    inline void several_rows(int64_t row, const RowNumbers* numbers, float* decoded, float* chains) const {
+    inline void several_rows(int64_t row, const RowNumbers* numbers, PartRows& whole, float* decoded, float* chains) const {
         const Plan& plan = *call.plan;
         memset(chains, 0, R * call.m * 2 * LANES * sizeof(float));
-        for (int r = 0; r < R; ++r) expand_row(plan, call.parts, row + r, numbers[r], plan.piece);
+        for (int r = 0; r < R; ++r) expand_row(plan, whole.of(call.parts, row + r), row + r, numbers[r], plan.piece);
         for (int64_t start = 0; start < columns; start += BLOCK) {
             const int64_t stop = least(start + BLOCK, columns);
             for (int r = 0; r < R; ++r) {
                 StoreSink sink{decoded + r * BLOCK};
-                const Row weights(plan, call.parts, row + r, numbers[r]);
+                const Row weights(plan, whole.of(call.parts, row + r), row + r, numbers[r]);
                 weights.decode(store_loop, start / CHUNK, stop / CHUNK, sink);
             }
             multiply_block<R>(decoded, x + start, x_stride, call.m, stop - start, chains);
@@ -111,7 +112,8 @@ inline bool linear(const Joined<LinearCall>& joined) {
     const int threads = useful_threads(rows * columns * m_count, first.threads);
     const int64_t numbers_floats = round_up(numbers_size(plan), LANES);
     const int64_t chain_floats = ROWS * m_count * 2 * LANES;
-    const int64_t thread_floats = ROWS * (numbers_floats + BLOCK) + chain_floats;
+    const int64_t work_floats = ROWS * (numbers_floats + BLOCK) + chain_floats;
+    const int64_t thread_floats = work_floats + PartRows::floats(plan);
     // Rows a multiple of 4096 bytes apart would all compete for the same few sets of the first-level cache.
     const int64_t x_stride = columns + CHUNK;
     const Scratch x(m_count * x_stride), scratch(threads * thread_floats);
@@ -132,20 +134,22 @@ inline bool linear(const Joined<LinearCall>& joined) {
         RowNumbers numbers[ROWS];
         for (int r = 0; r < ROWS; ++r) numbers[r] = carve_numbers(plan, memory + r * numbers_floats);
         float* decoded = memory + ROWS * numbers_floats;
-        for_rows(joined, part, threads, [&](const LinearCall& call, int64_t start, int64_t stop) {
+        const auto rows_of_thread = [&](const LinearCall& call, int64_t start, int64_t stop) {
             const LinearWork work{call, x.floats, columns, x_stride, dot_loop, store_loop};
+            PartRows whole(*call.plan, memory + work_floats);
             int64_t row = start;
             for (; m_count > 1 && row + ROWS <= stop; row += ROWS) {
-                work.template several_rows<ROWS>(row, numbers, decoded, decoded + ROWS * BLOCK);
+                work.template several_rows<ROWS>(row, numbers, whole, decoded, decoded + ROWS * BLOCK);
             }
             for (; row < stop; ++row) {
                 if (m_count == 1) {
-                    work.one_row(row, numbers[0]);
+                    work.one_row(row, numbers[0], whole);
                 } else {
-                    work.template several_rows<1>(row, numbers, decoded, decoded + ROWS * BLOCK);
+                    work.template several_rows<1>(row, numbers, whole, decoded, decoded + ROWS * BLOCK);
                 }
             }
-        });
+        };
+        for_rows(joined, part, threads, rows_of_thread, share_of(plan, 1));
     }
     return true;
 }

@@ -40,6 +40,13 @@ struct BookCodes {
         }
         return codes;
     }
+    // Of eight columns of each row of a strip (strips.h).
+    QUANTLIB_INLINE Raw raw_of_strip(const Planes& planes, int64_t eighth, int64_t ahead) const {
+        Raw codes;
+        codes.first = codes.second = strip_plane<FIRST>(planes.plane[0], eighth, ahead);
+        if constexpr (SECOND != 0) codes.second = strip_plane<SECOND>(planes.plane[1], eighth, ahead);
+        return codes;
+    }
     template <int STAGE>
     QUANTLIB_INLINE void stage(const Raw& raw, Words* out) const {
         Words codes = shift_words<-FIRST * STAGE>(raw.first);
@@ -67,6 +74,12 @@ struct ByteCodes {
         Raw codes;
         load_byte_plane(stored, bytes, codes.half[0], codes.half[1]);
         return codes;
+    }
+    QUANTLIB_INLINE Raw raw_of_strip(const Planes& planes, int64_t eighth, int64_t ahead) const {
+        const uint8_t* bytes = planes.plane[0] + eighth * (2 * sizeof(Words));
+        fetch_once(bytes + ahead);
+        fetch_once(bytes + ahead + sizeof(Words));
+        return {{load_words(bytes), load_words(bytes + sizeof(Words))}};
     }
     template <int STAGE>
     QUANTLIB_INLINE void stage(const Raw& raw, Words* out) const {

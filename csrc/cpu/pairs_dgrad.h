@@ -56,6 +56,7 @@ struct DgradMemory {
     uint16_t* rows;     // two rows, as a decoder leaves them
     float* sums;        // [m][STRIDE]
     BlockNumbers numbers;
+    PartRows whole;  // Block::ROWS of them
 };
 
 // Who multiplies a block: sums[m][STRIDE] += dY's columns from `row` on times `pairs` pairs of rows of W, of `spans` spans. There is
@@ -88,23 +89,25 @@ struct Dgrad {
 
     // One row's spans; zeros where the row lies beyond the last.
     template <class Decoder>
-    inline void decode_row(const Decoder& decoder, int64_t row, int64_t r, int64_t start, int64_t stop, uint16_t* to,
+    inline void decode_row(const Decoder& decoder, const Parts& parts, int64_t row, int64_t r, int64_t start, int64_t stop, uint16_t* to,
                            const DgradMemory& memory) const {
         if (row + r >= call.plan->n) {
             memset(to, 0, (stop - start) * SPAN * sizeof(uint16_t));
             return;
         }
-        decode_columns(decoder, call, row + r, start, stop, to, memory.numbers.of(r));
+        decode_columns(decoder, *call.plan, parts, row + r, start, stop, to, memory.numbers.of(r));
     }
 
     template <class Decoder>
     inline void decode(const Decoder& decoder, int64_t row, int64_t pairs, int64_t start, int64_t stop,
                        const DgradMemory& memory) const {
         uint16_t *first = memory.rows, *second = memory.rows + Block::COLUMNS;
-        memory.numbers.expand(call.parts, row, least(2 * pairs, call.plan->n - row));
+        const int64_t rows = least(2 * pairs, call.plan->n - row);
+        const Parts parts = memory.whole.codes(call.parts, row, rows, start * SPAN, stop * SPAN);
+        memory.numbers.expand(memory.whole.numbers(call.parts, row, rows), row, rows);
         for (int64_t pair = 0; pair < pairs; ++pair) {
-            decode_row(decoder, row, 2 * pair, start, stop, first, memory);
-            decode_row(decoder, row, 2 * pair + 1, start, stop, second, memory);
+            decode_row(decoder, parts, row, 2 * pair, start, stop, first, memory);
+            decode_row(decoder, parts, row, 2 * pair + 1, start, stop, second, memory);
             for (int64_t vector = 0; vector < (stop - start) * TURNS; ++vector) {
                 const Words a = load_words(first + vector * WORDS), b = load_words(second + vector * WORDS);
                 uint16_t* to = memory.weights + vector / 2 * Block::HALF_WORDS + pair * PAIR_WORDS + vector % 2 * (2 * WORDS);
@@ -160,7 +163,8 @@ inline bool dgrad(const LinearCall& call) {
     const int64_t whole_rows = round_up(call.m, Multiply::WHOLE_ROWS);
     const int64_t weight_floats = Block::SPANS * 2 * Block::HALF_WORDS / 2, row_floats = Block::COLUMNS;
     const int64_t sums_floats = whole_rows * Block::STRIDE;
-    const int64_t thread_floats = weight_floats + row_floats + sums_floats + round_up(numbers.floats(), LANES);
+    const int64_t number_floats = round_up(numbers.floats(), LANES);
+    const int64_t thread_floats = weight_floats + row_floats + sums_floats + number_floats + PartRows::floats(plan, Block::ROWS);
     const int64_t dy_stride = round_up(plan.n, WORDS) + WORDS;
     const Scratch words(whole_rows * dy_stride / 2), scratch(threads * thread_floats);
     if (words.floats == nullptr || scratch.floats == nullptr) return false;
@@ -187,8 +191,9 @@ inline bool dgrad(const LinearCall& call) {
         float* own = scratch.floats + part * thread_floats;
         float* rows = own + weight_floats;
         float* sums = rows + row_floats;
-        const DgradMemory memory = {reinterpret_cast<uint16_t*>(own), reinterpret_cast<uint16_t*>(rows), sums,
-                                    numbers.in(sums + sums_floats)};
+        float* placed = sums + sums_floats;
+        const DgradMemory memory = {reinterpret_cast<uint16_t*>(own), reinterpret_cast<uint16_t*>(rows), sums, numbers.in(placed),
+                                    {plan, placed + number_floats, Block::ROWS}};
         work.spans(spans * part / threads, spans * (part + 1) / threads, memory);
     }
     return true;

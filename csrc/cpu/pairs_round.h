@@ -191,11 +191,10 @@ constexpr int ROWS_AHEAD = 8;
 
 // The same of a row of W, beyond whose stored codes spans may reach; `numbers` are the row's.
 template <class Decoder>
-inline void decode_columns(const Decoder& kept, const LinearCall& call, int64_t row, int64_t start, int64_t stop, uint16_t* to,
-                           const RowNumbers& numbers) {
+inline void decode_columns(const Decoder& kept, const Plan& plan, const Parts& parts, int64_t row, int64_t start, int64_t stop,
+                           uint16_t* to, const RowNumbers& numbers) {
     const Decoder decoder = kept;  // a local copy stays in registers
-    const Plan& plan = *call.plan;
-    const PairsRow packed(plan, call.parts, row);
+    const PairsRow packed(plan, parts, row);
     const int64_t ahead = ROWS_AHEAD * (plan.padded_k * plan.bits / 8);
     const int64_t inside = most(start, least(stop, packed.whole()));
     decode_spans(decoder, WholeSpan(), packed.planes(start), numbers, start, inside, to, ahead);

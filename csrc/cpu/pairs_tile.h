@@ -7,6 +7,7 @@
 
 #include "pairs_round.h"
 #include "pairs_x.h"
+#include "strips.h"
 
 #ifdef QUANTLIB_HAS_PAIRS
 namespace quantlib::cpu::QUANTLIB_ISA {
@@ -49,6 +50,7 @@ struct TileMemory {
     uint16_t* weights;  // [BLOCK_ROWS][BLOCK_WORDS]
     float* sums;        // [m][BLOCK_ROWS]
     BlockNumbers numbers;
+    PartRows rows;  // BLOCK_ROWS of them
 };
 
 struct PairsTile {
@@ -60,8 +62,9 @@ struct PairsTile {
     template <class Decoder>
     inline void decode(const Decoder& decoder, int64_t row, int64_t rows, int64_t start, int64_t stop,
                        const TileMemory& memory) const {
+        const Parts parts = memory.rows.codes(call.parts, row, rows, start * SPAN, stop * SPAN);
         for (int64_t r = 0; r < rows; ++r) {
-            decode_columns(decoder, call, row + r, start, stop, memory.weights + r * BLOCK_WORDS, memory.numbers.of(r));
+            decode_columns(decoder, *call.plan, parts, row + r, start, stop, memory.weights + r * BLOCK_WORDS, memory.numbers.of(r));
         }
         const int64_t tiles = round_up(rows, TILE_ROWS);
         memset(memory.weights + rows * BLOCK_WORDS, 0, (tiles - rows) * BLOCK_WORDS * sizeof(uint16_t));
@@ -84,7 +87,7 @@ struct PairsTile {
         with_rounding_decoder(*call.plan, [&](const auto& decoder) {
             for (int64_t row = from; row < to; row += BLOCK_ROWS) {
                 const int64_t count = least(BLOCK_ROWS, to - row);
-                memory.numbers.expand(call.parts, row, count);
+                memory.numbers.expand(memory.rows.numbers(call.parts, row, count), row, count);
                 memset(memory.sums, 0, call.m * BLOCK_ROWS * sizeof(float));
                 for (int64_t start = 0; start < spans; start += BLOCK_SPANS) {
                     const int64_t stop = least(spans, start + BLOCK_SPANS);
@@ -104,7 +107,8 @@ inline bool pairs_tile(const LinearCall& call) {
     const int threads = useful_threads(plan.n * spans * SPAN * call.m, call.threads);
     const BlockNumbers numbers(plan, least(plan.padded_k, spans * SPAN), BLOCK_ROWS);
     const int64_t weight_floats = BLOCK_ROWS * BLOCK_WORDS / 2, sums_floats = call.m * BLOCK_ROWS;
-    const int64_t thread_floats = weight_floats + sums_floats + round_up(numbers.floats(), LANES);
+    const int64_t number_floats = round_up(numbers.floats(), LANES);
+    const int64_t thread_floats = weight_floats + sums_floats + number_floats + PartRows::floats(plan, BLOCK_ROWS);
     const int64_t x_stride = spans * SPAN + WORDS;
     const Scratch words(call.m * x_stride / 2), scratch(threads * thread_floats);
     if (words.floats == nullptr || scratch.floats == nullptr) return false;
@@ -114,13 +118,14 @@ inline bool pairs_tile(const LinearCall& call) {
     for (int64_t m = 0; m < call.m; ++m) arrange_row(call, m, spans, parted(plan), x + m * x_stride);
 
     const PairsTile work{call, x, x_stride, spans};
-    const int64_t tiles = (plan.n + TILE_ROWS - 1) / TILE_ROWS;
+    const int64_t share = share_of(plan, TILE_ROWS);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int part = 0; part < threads; ++part) {
         float* own = scratch.floats + part * thread_floats;
-        const TileMemory memory = {reinterpret_cast<uint16_t*>(own), own + weight_floats,
-                                   numbers.in(own + weight_floats + sums_floats)};
-        work.rows(tiles * part / threads * TILE_ROWS, least(plan.n, tiles * (part + 1) / threads * TILE_ROWS), memory);
+        float* sums = own + weight_floats;
+        float* placed = sums + sums_floats;
+        const TileMemory memory = {reinterpret_cast<uint16_t*>(own), sums, numbers.in(placed), {plan, placed + number_floats, BLOCK_ROWS}};
+        work.rows(share_start(plan.n, share, part, threads), share_start(plan.n, share, part + 1, threads), memory);
     }
     return true;
 }

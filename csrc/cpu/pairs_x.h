@@ -10,6 +10,7 @@
 #ifdef QUANTLIB_HAS_PAIRS
 namespace quantlib::cpu::QUANTLIB_ISA {
 
+constexpr int MOST_PLANES = 3;
 inline int planes_in(DType dtype) { return dtype == DType::bfloat16 ? 1 : dtype == DType::float16 ? 2 : 3; }
 
 // Take the upper 16 bits out of `rest`. What isn't a number, or infinite, stays whole in the first plane.
@@ -27,28 +28,32 @@ inline void cut_words(float* rest, int64_t count, uint16_t* to) {
     }
 }
 
+// The words of one span of row m of x, in planes, as they come; zero beyond column k.
+inline void read_span(const LinearCall& call, int64_t m, int64_t span, int planes, uint16_t (*to)[SPAN]) {
+    const int64_t start = span * SPAN, count = most(0, least(SPAN, call.plan->k - start)), size = item_size(call.dtype);
+    const uint8_t* from = static_cast<const uint8_t*>(call.x) + (m * call.x_row_stride + start * call.x_column_stride) * size;
+    memset(to, 0, planes * sizeof(*to));
+    if (call.dtype != DType::bfloat16) {
+        float rest[SPAN];
+        read_strided(call.dtype, from, call.x_column_stride, count, rest);
+        for (int plane = 0; plane < planes; ++plane) cut_words(rest, count, to[plane]);
+    } else if (call.x_column_stride == 1) {
+        memcpy(to[0], from, count * size);
+    } else {
+        for (int64_t i = 0; i < count; ++i) memcpy(to[0] + i, from + i * call.x_column_stride * size, size);
+    }
+}
+
 // Words of one row of x: `planes` runs of `spans` * SPAN, zero beyond column k. `parted`: each vector's even words first.
 inline void arrange_row(const LinearCall& call, int64_t m, int64_t spans, bool parted, uint16_t* to) {
-    const int64_t k = call.plan->k;
-    const uint8_t* row = static_cast<const uint8_t*>(call.x) + m * call.x_row_stride * item_size(call.dtype);
     const int planes = planes_in(call.dtype);
+    uint16_t natural[MOST_PLANES][SPAN];
     for (int64_t span = 0; span < spans; ++span) {
-        const int64_t start = span * SPAN, count = least(SPAN, k - start);
-        const uint8_t* from = row + start * call.x_column_stride * item_size(call.dtype);
-        uint16_t natural[SPAN] = {};
-        float rest[SPAN];
-        if (call.dtype != DType::bfloat16) {
-            read_strided(call.dtype, from, call.x_column_stride, count, rest);
-        } else if (call.x_column_stride == 1) {
-            memcpy(natural, from, count * 2);
-        } else {
-            for (int64_t i = 0; i < count; ++i) memcpy(natural + i, from + i * call.x_column_stride * 2, 2);
-        }
+        read_span(call, m, span, planes, natural);
         for (int plane = 0; plane < planes; ++plane) {
-            if (call.dtype != DType::bfloat16) cut_words(rest, count, natural);
             uint16_t* out = to + (plane * spans + span) * SPAN;
             for (int turn = 0; turn < TURNS; ++turn) {
-                const Words words = every_fourth(natural, turn);
+                const Words words = every_fourth(natural[plane], turn);
                 store_words(out + turn * WORDS, parted ? part_words(words) : words);
             }
         }

@@ -87,7 +87,7 @@ struct Scratch {
 // Bytes between what is decoded and what is asked for: what arrives meanwhile must not be waited for.
 constexpr int64_t FETCH_AHEAD = 2048;
 
-// Kernels at the speed of memory multiply DOT_ROWS rows of W at once, or more, and write WRITE_ROWS neighbours together.
+// Kernels at the speed of memory multiply DOT_ROWS rows of W at once, and write WRITE_ROWS neighbours together.
 constexpr int DOT_ROWS = 2, WRITE_ROWS = 16;
 
 // Products of `rows` rows of W with rows first ... last of x, which lie `stride` apart, and the bias -> y.
@@ -176,6 +176,11 @@ inline void multiply_streams(const LinearCall& call, int64_t start, int64_t stop
     }
 }
 
+// Where the share of one of `threads` threads begins in `count`, of which `unit` stay together.
+inline int64_t share_start(int64_t count, int64_t unit, int64_t part, int64_t threads) {
+    return least(count, (count + unit - 1) / unit * part / threads * unit);
+}
+
 // Rows of one weight, and of all that are joined.
 inline int64_t rows_of(const LinearCall& call) { return call.plan->n; }
 inline int64_t rows_of(const DenseCall& call) { return call.n; }
@@ -187,17 +192,18 @@ inline int64_t rows_of(const Joined<Call>& joined) {
 }
 
 // Call rows(call, start, stop) for what one of `threads` threads does: its share of every weight. Of weights of one height it has
-// the same rows, so that it need not wait for others to combine them.
+// the same rows, so that it need not wait for others to combine them. `unit` rows stay together.
 template <class Call, class Rows>
-inline void for_rows(const Joined<Call>& joined, int part, int threads, Rows rows) {
+inline void for_rows(const Joined<Call>& joined, int part, int threads, Rows rows, int64_t unit = 1) {
+    const auto first_of = [&](int64_t n, int64_t part) { return share_start(n, unit, part, threads); };
     for (int64_t i = 0; i < joined.count; ++i) {
         const Call& call = joined.calls[i];
         const int64_t n = rows_of(call);
-        rows(call, n * part / threads, n * (part + 1) / threads);
+        rows(call, first_of(n, part), first_of(n, part + 1));
     }
     if (!joined.gated) return;
     const Call &first = joined.calls[0], &second = joined.calls[1];
-    const int64_t n = rows_of(first), start = n * part / threads, stop = n * (part + 1) / threads;
+    const int64_t n = rows_of(first), start = first_of(n, part), stop = first_of(n, part + 1);
     uint8_t* const y = at(first.y, first.dtype, start);
     gate({first.dtype, y, at(second.y, second.dtype, start), y, stop - start});
 }

@@ -56,7 +56,11 @@ inline void unpack(const uint8_t* from, Ints* codes) {
     }
 }
 
+QUANTLIB_INLINE Ints load_ints(const void* from) { return _mm512_loadu_si512(from); }
+QUANTLIB_INLINE void store_ints(void* to, Ints a) { _mm512_storeu_si512(to, a); }
+
 // A square of 32-bit lanes, turned over its diagonal.
+#define QUANTLIB_HAS_TRANSPOSE
 inline void transpose(Ints (&a)[LANES]) {
     Ints b[LANES];
     for (int i = 0; i < LANES; i += 2) {

@@ -8,8 +8,6 @@
 
 namespace quantlib::cpu::QUANTLIB_ISA {
 
-QUANTLIB_INLINE Ints load_ints(const void* from) { return _mm512_loadu_si512(from); }
-QUANTLIB_INLINE void store_ints(void* to, Ints a) { _mm512_storeu_si512(to, a); }
 QUANTLIB_INLINE Ints same_bytes(int byte) { return _mm512_set1_epi8(char(byte)); }
 // Every lane holds the four bytes at an address.
 QUANTLIB_INLINE Ints same_four(const int8_t* from) {

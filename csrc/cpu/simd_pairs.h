@@ -191,6 +191,23 @@ QUANTLIB_INLINE Words load_plane(const Stored& stored, const uint8_t* from) {
     return _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
 }
 
+// The same of eight columns of sixteen rows that lie side by side (strips.h): two words of each row.
+template <int WIDTH>
+QUANTLIB_INLINE Words strip_plane(const uint8_t* plane, int64_t eighth, int64_t ahead) {
+    constexpr int HELD = 4 / WIDTH;  // times eight columns in 32 bits
+    const uint8_t* from = plane + eighth / HELD * sizeof(Words);
+    fetch_once(from + ahead);
+    const Words words = load_once(from);
+    if constexpr (WIDTH == 4) return words;
+    // The lane's bytes that hold the columns; the first in its low word, the last in its high word.
+    const int byte = int(eighth % HELD) * WIDTH;
+    const int low = byte, high = byte + (WIDTH == 2);
+    const Words lanes = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0C0C0C0C));
+    const Words bytes = _mm512_set1_epi32(int(0x80008000u) | low | high << 16);
+    const Words spread = _mm512_shuffle_epi8(words, _mm512_add_epi8(bytes, lanes));
+    return WIDTH == 2 ? spread : _mm512_srlv_epi16(spread, _mm512_set1_epi32(4 << 16));
+}
+
 // 128 bytes -> the words (4w, 4w + 1) in `first`, (4w + 2, 4w + 3) in `second`.
 template <class Stored>
 QUANTLIB_INLINE void load_byte_plane(const Stored& stored, const uint8_t* from, Words& first, Words& second) {
@@ -201,15 +218,17 @@ QUANTLIB_INLINE void load_byte_plane(const Stored& stored, const uint8_t* from, 
     second = _mm512_permutex2var_epi16(a, _mm512_or_si512(even, same_words(1)), b);
 }
 
-// Words 4w + turn of 128 words in natural order, for w = 0 ... 31: the order in which codes leave their planes.
-QUANTLIB_INLINE Words every_fourth(const uint16_t* from, int turn) {
-    const Words fourth = _mm512_set_epi16(60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20, 16, 12, 8, 4, 0, 60, 56, 52, 48, 44, 40,
-                                          36, 32, 28, 24, 20, 16, 12, 8, 4, 0);
-    const Words index = _mm512_add_epi16(fourth, same_words(turn));
-    const Words first = _mm512_permutex2var_epi16(load_words(from), index, load_words(from + WORDS));
-    const Words second = _mm512_permutex2var_epi16(load_words(from + 2 * WORDS), index, load_words(from + 3 * WORDS));
-    return _mm512_mask_blend_epi16(0xFFFF0000u, first, second);
+// Of each of sixteen runs of eight words the words `first` and `first + apart`.
+QUANTLIB_INLINE Words pick_pairs(const uint16_t* from, int first, int apart) {
+    const Words lanes = _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 0, 8, 16, 24, 32, 40, 48, 56);
+    const Words low = _mm512_add_epi32(lanes, _mm512_set1_epi32(first));
+    const Words index = _mm512_or_si512(low, _mm512_slli_epi32(_mm512_add_epi32(low, _mm512_set1_epi32(apart)), 16));
+    const Words lower = _mm512_permutex2var_epi16(load_words(from), index, load_words(from + WORDS));
+    const Words upper = _mm512_permutex2var_epi16(load_words(from + 2 * WORDS), index, load_words(from + 3 * WORDS));
+    return _mm512_mask_blend_epi16(0xFFFF0000u, lower, upper);
 }
+// Words 4w + turn of 128 words in natural order, for w = 0 ... 31: the order in which codes leave their planes.
+QUANTLIB_INLINE Words every_fourth(const uint16_t* from, int turn) { return pick_pairs(from, turn, 4); }
 
 // Words of even places first, then those of odd places.
 QUANTLIB_INLINE Words part_words(Words a) {

@@ -10,7 +10,7 @@ enum class DType { float32, bfloat16, float16 };
 enum class CodecKind { table, affine, e4m3, e5m2 };
 enum class ScaleKind { number, e4m3_global, e8m0, double_quant, super };
 
-// Everything about a weight [n, k] of one format that does not depend on where its bytes lie (quantlib/formats, layout `rows`).
+// Everything about a weight [n, k] of one format that does not depend on where its bytes lie (quantlib/formats).
 //     w = (value[code] - zero) * scale - minimum          in fp32, each operation rounded once
 struct Plan {
     int64_t n, k;
@@ -32,6 +32,7 @@ struct Plan {
     float super_offset;      // super: scale = (code - super_offset) * unit
     float scale_values[256];  // double_quant: the value of every scale code
     bool has_zero, has_minimum;
+    bool strips;  // parts lie as in the layout `cpu_rows` (strips.h), else as in `rows`
 };
 
 // Where the bytes lie. Valid for one call; a part that the format lacks is null.
@@ -113,13 +114,17 @@ struct GateCall;
 struct AddCall;
 struct DenseCall;
 
+// Layouts of weights that a product reads.
+enum class Reads { rows, strips, both };
+
 // Those that return bool return false where scratch memory could not be had. Those with `pairs` are null where an instruction
 // set has no products of bf16 pairs, those with `amx` where it has no tile registers, `int8_tile` where it has no products of bytes,
 // those with `lookup` where it has no byte look-ups, or products of pairs instead.
 struct Kernels {
     bool (*linear)(const Joined<LinearCall>&);
     bool (*pairs_dot)(const Joined<LinearCall>&);
-    bool (*pairs_skinny)(const LinearCall&);
+    bool (*pairs_strip)(const Joined<LinearCall>&);  // of a plan with strips, as the next
+    bool (*pairs_strip_tile)(const LinearCall&);
     bool (*pairs_tile)(const LinearCall&);
     bool (*pairs_dgrad)(const LinearCall&);  // x is dY [m, n], y is dX [m, k]
     bool (*amx_dot)(const Joined<LinearCall>&);

@@ -24,4 +24,11 @@ inline Kind parse(const std::pair<const char*, Kind> (&words)[COUNT], const std:
     throw std::invalid_argument("unknown kind " + word + ": expected one of " + known);
 }
 
+// Raises where a product doesn't read the layout that the plan's weight lies in.
+inline void check_layout(Reads reads, const Plan& plan) {
+    if (reads == Reads::both || (reads == Reads::strips) == plan.strips) return;
+    throw std::invalid_argument(plan.strips ? "reads weights in the layout rows, not in cpu_rows"
+                                            : "reads weights in the layout cpu_rows, not in rows");
+}
+
 }  // namespace quantlib::cpu

@@ -275,9 +275,9 @@ class _Builder:
         return self._linears(x, {f"{name}.{part}": getattr(module, part) for part in parts}, gated)
 
     def _linears(self, x: Tensor, modules: dict[str, nn.Module], gated: bool = False) -> list[Tensor]:
-        """The products of layers that read the same x, into new tensors: one step for those of one kernel and format. `gated`:
-        of two layers, and the first tensor becomes silu of it times the second."""
-        quantized: dict[tuple[str, Format, bool], list[Term[QuantizedTensor]]] = {}
+        """The products of layers that read the same x, into new tensors: one step for those of one kernel, format and layout.
+        `gated`: of two layers, and the first tensor becomes silu of it times the second."""
+        quantized: dict[tuple[str, Format, str, bool], list[Term[QuantizedTensor]]] = {}
         plain: list[Term[Tensor]] = []
         ys = []
         for name, module in modules.items():
@@ -288,13 +288,14 @@ class _Builder:
             ys.append(self._new(module.out_features))
             bias = None if module.bias is None else module.bias.detach()
             if isinstance(module, QuantLinear):
-                key = self._function(name, module), module.qweight.format, module.activations is not None
-                quantized.setdefault(key, []).append(Term(module.qweight, bias, ys[-1]))
+                weight = module.qweight
+                key = self._function(name, module), weight.format, weight.layout, module.activations is not None
+                quantized.setdefault(key, []).append(Term(weight, bias, ys[-1]))
             else:
                 plain.append(Term(module.weight.detach(), bias, ys[-1]))
         in_step = gated and len(quantized) + bool(plain) == 1
-        rounded = self._rounded(x) if any(rounds for _, _, rounds in quantized) else x
-        for (function, _, rounds), terms in quantized.items():
+        rounded = self._rounded(x) if any(rounds for *_, rounds in quantized) else x
+        for (function, *_, rounds), terms in quantized.items():
             self.program.product(function, rounded if rounds else x, terms, in_step)
         if plain:
             self.program.dense(x, plain, in_step)

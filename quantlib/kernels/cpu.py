@@ -1,13 +1,13 @@
 """The C++ kernels for the CPU (csrc/cpu), and decode + torch's matmul where a batch is large enough for a matrix library.
 
-They take the rows layout as it is: codes of 1 to 8 bits under every scale and zero kind. Where the extension `quantlib._cpu` is
-missing, `unavailable` says why, every kernel here refuses in those words, and dispatch goes on to the next.
+They take the layouts `rows` and `cpu_rows` as they are: codes of 1 to 8 bits under every scale and zero kind. Where the
+extension `quantlib._cpu` is missing, `unavailable` says why, every kernel here refuses in those words, and dispatch goes on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
 from typing import Any, cast
@@ -24,11 +24,13 @@ from quantlib.kernels.base import Kernel, Problem, register_kernel
 from quantlib.kernels.build_record import build_record
 from quantlib.kernels.costs import activation_bytes, packed_bytes, tuned_efficiency
 from quantlib.kernels.reference import round_trip
+from quantlib.layouts.strips import COLUMNS, whole_words
 from quantlib.tensor import QuantizedTensor
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 CODEC_KINDS = ("affine", "table", "minifloat")
 SCALE_KINDS = ("float", "e4m3_global", "e8m0", "double", "super")
+LAYOUTS = ("rows", "cpu_rows")
 LINEAR_ROWS = 16
 """Rows of x up to which the fused kernel multiplies; beyond, the matrix library wins even though it needs decoded weights."""
 DECODED_BYTES = 4 << 20
@@ -105,8 +107,8 @@ def native_codec(fmt: Format) -> str:
 
 
 @lru_cache(maxsize=1024)
-def make_plan(fmt: Format, n: int, k: int) -> Plan:
-    """The plan of a weight [n, k]; holds no address of any tensor."""
+def make_plan(fmt: Format, n: int, k: int, layout: str) -> Plan:
+    """The plan of a weight [n, k] in a layout of LAYOUTS; holds no address of any tensor."""
     scale = fmt.scale
     supers = scale if isinstance(scale, SuperScale) else None
     native = _cpu.Plan(
@@ -128,23 +130,24 @@ def make_plan(fmt: Format, n: int, k: int) -> Plan:
         scale_values=list(DYNAMIC_MAP.entries) if scale.kind == "double" else [],
         has_zero=fmt.zero == "integer",
         has_minimum=fmt.zero == "minimum",
+        strips=layout == "cpu_rows",
     )
     specs = tuple((name, spec.shape, spec.dtype) for name, spec in fmt.specs(n, k).items())
     return Plan(fmt, native, specs)
 
 
-_recent: dict[tuple[int, int, int], Plan] = {}
-"""(id of a format, n, k) -> plan. Hashing a format hashes its whole code book. A plan keeps its format alive, and so its id."""
+_recent: dict[tuple[int, int, int, str], Plan] = {}
+"""(id of a format, n, k, layout) -> plan. Hashing a format hashes its code book. A plan keeps its format alive, so its id."""
 
 
 def plan_of(weight: QuantizedTensor) -> Plan:
     """The plan of a weight, found again without hashing its format."""
-    key = (id(weight.format), *weight.shape)
+    key = (id(weight.format), *weight.shape, weight.layout)
     plan = _recent.get(key)
     if plan is None:
         if len(_recent) >= 4096:
             _recent.clear()
-        plan = make_plan(weight.format, *weight.shape)
+        plan = make_plan(weight.format, *weight.shape, weight.layout)
         if plan.format is weight.format:
             _recent[key] = plan
     return plan
@@ -260,8 +263,11 @@ def refusal(problem: Problem) -> str | None:
         return unavailable
     if problem.dtype not in DTYPES:
         return f"computes in fp32, for fp32, bf16 and fp16; x is {str(problem.dtype).removeprefix('torch.')}"
-    if problem.layout != "rows":
-        return f"reads the rows layout; the weight lies in {problem.layout!r}"
+    if problem.layout not in LAYOUTS:
+        return f"reads the layouts {' and '.join(LAYOUTS)}; the weight lies in {problem.layout!r}"
+    if problem.layout == "cpu_rows" and not whole_words(fmt, problem.k):
+        row = f"a row of {fmt} with K = {problem.k}"
+        return f"takes cpu_rows of whole runs of {COLUMNS} columns and whole 32-bit words, which {row} is not"
     if fmt.codec.kind not in CODEC_KINDS:
         return f"decodes the codec kinds {', '.join(CODEC_KINDS)}, not {fmt.codec.kind!r}"
     if not 1 <= fmt.codec.bits <= 8:
@@ -279,8 +285,11 @@ def predicted(problem: Problem, kernel: str, decode_rate: float, peak_share: flo
     """Microseconds: reading the packed weight, or decoding `decode_rate` weights per ns and thread and then multiplying.
 
     The rates were measured on a core of a fourth-generation EPYC (AVX-512), in units of torch's fp32 matmul, which the costs of
-    every kernel take for the peak; bench/tuned corrects them for other devices.
+    every kernel take for the peak; bench/tuned corrects them for other devices. A batch-invariant problem counts as one of one
+    row, so that one kernel wins for every batch.
     """
+    if problem.batch_invariant:
+        problem = replace(problem, m=1)
     device = problem.device
     memory = (packed_bytes(problem) + activation_bytes(problem)) / (device.bandwidth * 1e3)
     decode = problem.n * problem.k / (device.units * decode_rate * 1e3)
@@ -334,6 +343,7 @@ def rounded_activations(problem: Problem, x: Tensor) -> Tensor:
 class CpuLinear(Kernel):
     name = "cpu_linear"
     backend = "cpu"
+    layout = "any"
     operation = "linear"
     function = "linear"
     scaling = "weights decoded in fp32 and not rounded; fp32 products and sums, rounded once to x's dtype"
@@ -366,6 +376,7 @@ ROUNDED_FOR_PRODUCT = (
 class CpuDecodeMatmul(Kernel):
     name = "cpu_decode_matmul"
     backend = "cpu"
+    layout = "any"
     operation = "linear"
     scaling = ROUNDED_FOR_PRODUCT
 
@@ -392,6 +403,7 @@ class CpuDecodeMatmul(Kernel):
 class CpuDgrad(Kernel):
     name = "cpu_dgrad"
     backend = "cpu"
+    layout = "any"
     operation = "dgrad"
     scaling = ROUNDED_FOR_PRODUCT
 
@@ -419,6 +431,7 @@ class CpuDgrad(Kernel):
 class CpuDequantize(Kernel):
     name = "cpu_dequantize"
     backend = "cpu"
+    layout = "any"
     operation = "dequantize"
 
     def supports(self, problem: Problem) -> str | None:

@@ -40,6 +40,7 @@ def unit_of(fmt: Format) -> float | None:
 class CpuInt8Tile(Kernel):
     name = "cpu_int8_tile"
     backend = "cpu"
+    layout = "any"
     operation = "linear"
     scaling = "integer sums over each block of columns; scales and minima of the blocks in fp32, that of the row of x last"
 

@@ -40,6 +40,8 @@ class PairsKernel(Kernel):
 
     backend = "cpu"
     function: ClassVar[str]
+    batch_invariant: ClassVar[bool] = False
+    """Whether it serves every batch, a row of x with the same bits in each."""
 
     def missing(self) -> str | None:
         """What the instruction set that runs lacks, or None."""
@@ -52,8 +54,8 @@ class PairsKernel(Kernel):
         why = refusal(problem) or self.missing()
         if why is not None:
             return why
-        if problem.batch_invariant:
-            return "dispatch takes another kernel for another batch, and batch_invariant is set: cpu_linear serves every one"
+        if problem.batch_invariant and not self.batch_invariant:
+            return "dispatch takes another kernel for another batch, and batch_invariant is set"
         if problem.format.codec.bits not in CODE_BITS:
             return f"looks up codes of {', '.join(map(str, CODE_BITS))} bits, not {problem.format.codec.bits}"
         return None
@@ -76,6 +78,13 @@ def decode_rate(problem: Problem, narrow: float, wide: float) -> float:
     return narrow if problem.format.codec.bits <= 6 and problem.format.zero == "none" else wide
 
 
+def unsuited_to_pairs(problem: Problem) -> str | None:
+    """Why codes can't be multiplied as bf16 numbers with the problem's x, or None."""
+    if problem.dtype is not torch.bfloat16 and not exact_in_bf16(problem.format):
+        return f"takes a format whose values bf16 doesn't hold ({problem.format}) for bf16 x alone"
+    return None
+
+
 class CpuPairsDot(PairsKernel):
     name = "cpu_pairs_dot"
     operation = "linear"
@@ -86,10 +95,7 @@ class CpuPairsDot(PairsKernel):
     )
 
     def supports(self, problem: Problem) -> str | None:
-        why = super().supports(problem)
-        if why is None and problem.dtype is not torch.bfloat16 and not exact_in_bf16(problem.format):
-            return f"takes a format whose values bf16 doesn't hold ({problem.format}) for bf16 x alone"
-        return why
+        return super().supports(problem) or unsuited_to_pairs(problem)
 
     def cost(self, problem: Problem) -> float:
         # Four rows of x share what decoding costs. Minima are subtracted once a row, which costs nothing here.
@@ -98,6 +104,31 @@ class CpuPairsDot(PairsKernel):
         if cpu.has_tiles():  # such CPUs have half the rate of look-ups and a third of that of products
             rate, share = decode_rate(problem, 55.0, 26.0 if problem.format.codec.bits <= 6 else 13.0), 0.64
         return predicted(problem, self.name, rate, peak_share=share / PLANES[problem.dtype])
+
+
+class CpuPairsStrip(PairsKernel):
+    name = "cpu_pairs_strip"
+    operation = "linear"
+    function = "pairs_strip"
+    layout = "cpu_rows"
+    batch_invariant = True
+    scaling = (
+        "code values in bf16 (exact; entries of code books that bf16 doesn't hold are rounded, for bf16 x alone); scales "
+        "and zeros on fp32 sums of a block of columns, minima on those of x over it"
+    )
+
+    def supports(self, problem: Problem) -> str | None:
+        return super().supports(problem) or unsuited_to_pairs(problem)
+
+    def cost(self, problem: Problem) -> float:
+        m, turn = max(problem.m, 1), 8  # rows of x at once, and kernels for 1, 2 and 4 of the rest
+        rest = m % turn
+        whole = m - rest + next(run for run in (0, 1, 2, 4, turn) if run >= rest)
+        # Codes are looked up again for every eight rows of x; narrow blocks add what scaling their sums takes.
+        share = 1.65 if problem.format.codec.bits > 6 else 2.25 if (problem.format.block.cols or 64) >= 64 else 1.95
+        if cpu.has_tiles():
+            share = 0.64
+        return predicted(replace(problem, m=whole), self.name, 75.0, peak_share=share / PLANES[problem.dtype])
 
 
 class RoundedPairsKernel(PairsKernel):
@@ -113,30 +144,10 @@ class RoundedPairsKernel(PairsKernel):
         return super().supports(problem)
 
 
-def books_fit(fmt: Format) -> bool:
-    """Whether the code books of all blocks in a span of 128 columns fit two registers (csrc/cpu/pairs_round.h)."""
-    blocks = max(1, 128 // (fmt.block.cols or 128))
-    return fmt.codec.bits <= 6 and blocks << fmt.codec.bits <= 64
-
-
-class CpuPairsSkinny(RoundedPairsKernel):
-    name = "cpu_pairs_skinny"
-    operation = "linear"
-    function = "pairs_skinny"
-
-    def cost(self, problem: Problem) -> float:
-        at_once = 4 if problem.m <= 4 else 8  # rows of x, whether they are there or not; each time W is decoded again
-        turns = -(-max(problem.m, 1) // at_once)
-        rate = 28.0 if problem.format.zero == "none" and books_fit(problem.format) else 20.0
-        if problem.format.codec.bits > 4:
-            rate = 13.0
-        whole = replace(problem, m=turns * at_once)
-        return predicted(whole, self.name, rate / turns, peak_share=0.8 if cpu.has_tiles() else 2.19)
-
-
 class CpuPairsTile(RoundedPairsKernel):
     name = "cpu_pairs_tile"
     operation = "linear"
+    layout = "any"
     function = "pairs_tile"
 
     def cost(self, problem: Problem) -> float:
@@ -144,9 +155,27 @@ class CpuPairsTile(RoundedPairsKernel):
         return predicted(problem, self.name, 12.0 if narrow else 10.0, peak_share=0.8 if cpu.has_tiles() else 2.19)
 
 
+class CpuPairsStripTile(RoundedPairsKernel):
+    name = "cpu_pairs_strip_tile"
+    operation = "linear"
+    function = "pairs_strip_tile"
+    layout = "cpu_rows"
+
+    def supports(self, problem: Problem) -> str | None:
+        why = super().supports(problem)
+        if why is None and problem.format.codec.bits != 4 and not exact_in_bf16(problem.format):
+            return f"takes values that bf16 holds, or 4-bit codes; those of {problem.format} are neither"
+        return why
+
+    def cost(self, problem: Problem) -> float:
+        whole = replace(problem, m=-(-max(problem.m, 1) // 8) * 8)
+        return predicted(whole, self.name, decode_rate(problem, 15.0, 12.0), peak_share=0.8 if cpu.has_tiles() else 2.4)
+
+
 class CpuPairsDgrad(RoundedPairsKernel):
     name = "cpu_pairs_dgrad"
     operation = "dgrad"
+    layout = "any"
     function = "pairs_dgrad"
 
     def cost(self, problem: Problem) -> float:
@@ -154,6 +183,7 @@ class CpuPairsDgrad(RoundedPairsKernel):
 
 
 register_kernel(CpuPairsDot())
-register_kernel(CpuPairsSkinny())
+register_kernel(CpuPairsStrip())
 register_kernel(CpuPairsTile())
+register_kernel(CpuPairsStripTile())
 register_kernel(CpuPairsDgrad())

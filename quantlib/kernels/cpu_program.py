@@ -85,6 +85,9 @@ class Program:
         _check_shapes(x, terms, gated)
         if len({term.weight.format for term in terms}) > 1:
             raise KernelError(f"one step multiplies one format, not {', '.join(str(term.weight.format) for term in terms)}")
+        if len({term.weight.layout for term in terms}) > 1:
+            layouts = ", ".join(term.weight.layout for term in terms)
+            raise KernelError(f"one step multiplies weights of one layout, not of {layouts}: to_layout brings them into one")
         calls = []
         for term in terms:
             packed = Packed.of(term.weight)

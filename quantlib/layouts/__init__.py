@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from quantlib.errors import ShapeError
 from quantlib.formats.base import Format
 from quantlib.formats.scales import Parts
-from quantlib.layouts import fragments
+from quantlib.layouts import fragments, strips
 
 
 @dataclass(frozen=True)
@@ -64,5 +64,8 @@ def list_layouts() -> list[Layout]:
 
 FRAGMENTS = Layout("fragments", fragments.forward, fragments.inverse, fragments.supports)
 
+CPU_ROWS = Layout("cpu_rows", strips.forward, strips.inverse)
+
 register_layout(ROWS)
 register_layout(FRAGMENTS)
+register_layout(CPU_ROWS)
