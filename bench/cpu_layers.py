@@ -18,7 +18,7 @@ from torch import Tensor
 import quantlib
 from bench.contestants import Contestant, Prepared
 from bench.cpu_settings import READ_BYTES, reader
-from bench.data import Material
+from bench.data import DTYPE, Material
 from bench.gate import Verdict, judge
 from bench.guard import Failure, attempt
 from bench.peers.bitsandbytes import BitsAndBytes
@@ -88,6 +88,8 @@ class Ours:
             "dgrad": lambda state, dy: dispatch.run("dgrad", dy, state),
         }
         weight, call = material.quantized, calls[material.case.operation]
+        layout = dispatch.best_layout(weight.format, weight.shape, CPU, DTYPE, activations=self.activations)
+        weight = weight.to_layout(layout)  # as in a layer
         return Prepared(weight, call, weight.nbytes, material.decoded, lambda state: state.apply(torch.clone))
 
 

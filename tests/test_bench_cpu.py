@@ -29,6 +29,7 @@ from bench.plots import cpu_picture
 from bench.protocol import Case
 from bench.report import RESULTS, updated
 from bench.results import Row, read_rows, to_json
+from quantlib import dispatch
 from quantlib.errors import CheckpointError
 from quantlib.formats import families, get_format
 from quantlib.timing import Calls, NoTiming, Timing
@@ -126,7 +127,7 @@ def test_a_contest_judges_times_and_counts_bytes(operation: str, no_llama: None)
         assert isinstance(found[name].timing, Timing)
         assert found[name].nbytes == get_format(spec).nbytes(64, 256)
         assert found[name].case == replace(case, format=spec)
-        assert found[name].layout == "rows"
+        assert found[name].layout == dispatch.best_layout(get_format(spec), (64, 256), CPU, torch.bfloat16)
         verdict = found[name].verdict
         assert verdict is not None
         assert verdict.error <= verdict.limit
