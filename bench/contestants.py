@@ -115,12 +115,16 @@ def problem_of(case: Case, device: Device, layout: str = "rows") -> Problem:
     return Problem(case.operation, case.m, case.n, case.k, DTYPE, fmt, layout, case.activations, device)  # type: ignore[arg-type]
 
 
+def layout_at_load(case: Case, device: torch.device) -> str:
+    """The layout that a layer of the case brings its weight into."""
+    return dispatch.best_layout(get_format(case.format), (case.n, case.k), device, DTYPE, activations=case.activations)
+
+
 def taken(case: Case, device: torch.device) -> str | None:
     """The kernel that dispatch takes: in the layout that it would choose at load, at this M. None where it has no part."""
     if not list_kernels(case.operation):
         return None
-    layout = dispatch.best_layout(get_format(case.format), (case.n, case.k), device, DTYPE)
-    return dispatch.select(problem_of(case, device_facts(device), layout)).name
+    return dispatch.select(problem_of(case, device_facts(device), layout_at_load(case, device))).name
 
 
 def kernel_contestants(operation: str, names: set[str] | None = None) -> list[KernelContestant]:

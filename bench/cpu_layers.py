@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 import quantlib
-from bench.contestants import Contestant, Prepared
+from bench.contestants import Contestant, Prepared, layout_at_load
 from bench.cpu_settings import READ_BYTES, reader
-from bench.data import DTYPE, Material
+from bench.data import Material
 from bench.gate import Verdict, judge
 from bench.guard import Failure, attempt
 from bench.peers.bitsandbytes import BitsAndBytes
@@ -87,9 +87,8 @@ class Ours:
             "linear": lambda state, x: quantlib.linear(x, state, activations=self.activations),
             "dgrad": lambda state, dy: dispatch.run("dgrad", dy, state),
         }
-        weight, call = material.quantized, calls[material.case.operation]
-        layout = dispatch.best_layout(weight.format, weight.shape, CPU, DTYPE, activations=self.activations)
-        weight = weight.to_layout(layout)  # as in a layer
+        case, call = replace(material.case, activations=self.activations), calls[material.case.operation]
+        weight = material.quantized.to_layout(layout_at_load(case, CPU))
         return Prepared(weight, call, weight.nbytes, material.decoded, lambda state: state.apply(torch.clone))
 
 

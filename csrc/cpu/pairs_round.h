@@ -25,7 +25,7 @@ class LawDecoder {
     // What the weights of one span of a row are made of; `planes` count spans from `span - index`.
     template <class Stored>
     QUANTLIB_INLINE State begin(const Stored& stored, const Planes& planes, const RowNumbers& numbers, int64_t span,
-                                int64_t index, int64_t ahead = FETCH_AHEAD) const {
+                                int64_t index, int64_t ahead) const {
         State state;
         state.codes = codes_.raw(stored, planes, index, ahead);
         state.scale = spread_(stored, numbers.scale, span);
@@ -89,7 +89,7 @@ class BookDecoder {
 
     template <class Stored>
     QUANTLIB_INLINE State begin(const Stored& stored, const Planes& planes, const RowNumbers& numbers, int64_t span,
-                                int64_t index, int64_t ahead = FETCH_AHEAD) const {
+                                int64_t index, int64_t ahead) const {
         State state;
         state.codes = codes_.raw(stored, planes, index, ahead);
         for (int i = 0; i < BOOKS; ++i) {

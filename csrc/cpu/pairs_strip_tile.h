@@ -57,14 +57,12 @@ struct NibbleNumbers {
 template <Shift SHIFT, int STAGE = 0, class Numbers>
 QUANTLIB_INLINE void round_eighth(const Numbers& numbers, const typename Numbers::Raw& raw, Floats scale, Floats shift, uint16_t* to) {
     constexpr int WIDTH = TURNS / Numbers::STAGES;
-    // Rounding leaves the low words of all lanes in front of the high ones.
-    const Words index = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
-                                         3, 18, 2, 17, 1, 16, 0);
     Floats low[WIDTH], high[WIDTH];
     numbers.template stage<STAGE>(raw, low, high);
     for (int v = 0; v < WIDTH; ++v) {
+        // Rounding leaves the low words of all lanes in front of the high ones.
         const Words rounded = round_words(scaled<SHIFT>(low[v], scale, shift), scaled<SHIFT>(high[v], scale, shift));
-        store_words(to + (STAGE * WIDTH + v) * (TILE_STRIPS * WORDS), _mm512_permutexvar_epi16(index, rounded));
+        store_words(to + (STAGE * WIDTH + v) * (TILE_STRIPS * WORDS), mix_words(rounded));
     }
     if constexpr (STAGE + 1 < Numbers::STAGES) round_eighth<SHIFT, STAGE + 1>(numbers, raw, scale, shift, to);
 }

@@ -112,6 +112,13 @@ struct IntegerBook {
     }
 };
 
+// Low and high bytes of words -> the words of even places, and of odd ones.
+QUANTLIB_INLINE void join_bytes(Words lows, Words highs, Words& even, Words& odd) {
+    const Words mask = same_words(0x00FF);
+    even = choose(mask, lows, shift_words<8>(highs));
+    odd = choose(mask, shift_words<-8>(lows), highs);
+}
+
 // The same for 8 bits: the low and the high bytes of 256 numbers, looked up byte by byte.
 struct ByteBook {
     Words low[4], high[4];
@@ -133,9 +140,7 @@ struct ByteBook {
                                                   _mm512_permutex2var_epi8(low[2], codes, low[3]));
         const Words highs = _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(high[0], codes, high[1]),
                                                    _mm512_permutex2var_epi8(high[2], codes, high[3]));
-        const Words mask = same_words(0x00FF);
-        even = choose(mask, lows, shift_words<8>(highs));
-        odd = choose(mask, shift_words<-8>(lows), highs);
+        join_bytes(lows, highs, even, odd);
     }
 };
 
@@ -234,6 +239,12 @@ QUANTLIB_INLINE Words every_fourth(const uint16_t* from, int turn) { return pick
 QUANTLIB_INLINE Words part_words(Words a) {
     const Words index = _mm512_set_epi16(31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1, 30, 28, 26, 24, 22, 20, 18,
                                          16, 14, 12, 10, 8, 6, 4, 2, 0);
+    return _mm512_permutexvar_epi16(index, a);
+}
+// The way back.
+QUANTLIB_INLINE Words mix_words(Words a) {
+    const Words index = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+                                         19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(index, a);
 }
 

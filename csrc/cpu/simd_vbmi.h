@@ -56,16 +56,21 @@ QUANTLIB_INLINE void float_quarters(Ints low, Ints high, Floats (&out)[4]) {
     out[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(none, second));
 }
 
+// The two bytes of a bf16 number for each of 64 codes.
+QUANTLIB_INLINE void e4m3_halves(Ints codes, Ints& lows, Ints& highs) {
+    const uint8_t *low = E4M3_BYTES.low, *high = E4M3_BYTES.high;
+    lows = _mm512_permutex2var_epi8(_mm512_load_si512(low), codes, _mm512_load_si512(low + 64));
+    const Ints magnitudes = _mm512_permutex2var_epi8(_mm512_load_si512(high), codes, _mm512_load_si512(high + 64));
+    highs = _mm512_ternarylogic_epi32(magnitudes, codes, _mm512_set1_epi8(char(0x80)), 0xF8);  // or, and
+}
+
 constexpr int E4M3_RUN = 64;  // E4M3 codes that are read together
 // So many times `factor`.
 QUANTLIB_INLINE void read_e4m3_run(const uint8_t* from, Floats factor, float* to) {
-    const Ints codes = _mm512_permutexvar_epi32(lane_order(), _mm512_loadu_si512(from));
-    const uint8_t *low = E4M3_BYTES.low, *high = E4M3_BYTES.high;
-    const Ints lows = _mm512_permutex2var_epi8(_mm512_load_si512(low), codes, _mm512_load_si512(low + 64));
-    const Ints highs = _mm512_permutex2var_epi8(_mm512_load_si512(high), codes, _mm512_load_si512(high + 64));
-    const Ints with_signs = _mm512_ternarylogic_epi32(highs, codes, _mm512_set1_epi8(char(0x80)), 0xF8);  // or, and
+    Ints lows, highs;
+    e4m3_halves(_mm512_permutexvar_epi32(lane_order(), _mm512_loadu_si512(from)), lows, highs);
     Floats numbers[4];
-    float_quarters(lows, with_signs, numbers);
+    float_quarters(lows, highs, numbers);
     for (int v = 0; v < 4; ++v) store(to + v * LANES, multiply(numbers[v], factor));
 }
 

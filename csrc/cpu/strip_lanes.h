@@ -128,14 +128,10 @@ QUANTLIB_INLINE Floats power_of(Ints bytes) {
 
 inline void read_e4m3_lanes(const StripRows& from, int64_t first, int64_t count, float factor, Meanwhile meanwhile, float* to) {
     const Floats scale = broadcast(factor);
-    const uint8_t *low = E4M3_BYTES.low, *high = E4M3_BYTES.high;
     read_lanes<1>(from, first, count, meanwhile, to, [=](Ints codes, Floats (&numbers)[4]) QUANTLIB_LAMBDA {
-        // The two bytes of a bf16 number for each code, then the two together: codes 0 and 2 of each lane, 1 and 3.
-        const Ints lows = _mm512_permutex2var_epi8(_mm512_load_si512(low), codes, _mm512_load_si512(low + 64));
-        const Ints magnitudes = _mm512_permutex2var_epi8(_mm512_load_si512(high), codes, _mm512_load_si512(high + 64));
-        const Ints highs = _mm512_ternarylogic_epi32(magnitudes, codes, _mm512_set1_epi8(char(0x80)), 0xF8);  // or, and
-        const Words mask = same_words(0x00FF);
-        const Words even = choose(mask, lows, shift_words<8>(highs)), odd = choose(mask, shift_words<-8>(lows), highs);
+        Ints lows, highs, even, odd;  // the latter: of codes 0 and 2 of each lane, of 1 and 3
+        e4m3_halves(codes, lows, highs);
+        join_bytes(lows, highs, even, odd);
         numbers[0] = multiply(low_floats(even), scale), numbers[1] = multiply(low_floats(odd), scale);
         numbers[2] = multiply(high_floats(even), scale), numbers[3] = multiply(high_floats(odd), scale);
     });
@@ -192,7 +188,8 @@ struct SuperCodes {
     }
 };
 
-// `count` numbers from `first` on, both multiples of COUNT and of eight, [count][STRIP] in fp32: (code - offset) * unit. COUNT share a unit, of fp16.
+// `count` numbers from `first` on, both multiples of COUNT and of eight, [count][STRIP] in fp32: (code - offset) * unit. COUNT share a
+// unit, of fp16.
 template <int BITS, int COUNT>
 inline void read_super_lanes(const StripRows& from, const StripRows& unit_rows, int64_t across, float offset, int64_t first, int64_t count,
                              Meanwhile meanwhile, float* to) {

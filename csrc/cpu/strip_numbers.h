@@ -86,10 +86,10 @@ class StripNumbers {
         StripRows rows_of(const uint8_t* Parts::*which, int64_t at, int64_t bytes) const {
             const NumberPart& part = all_.parts_.of(which);
             const uint8_t* first = parts_->*which + row_ * part.row_bytes;
-            const int64_t strip_bytes = part.row_bytes * STRIP;
-            // As many columns ahead as codes of four bits.
-            const int64_t ahead = strip_bytes * (STRIP_AHEAD * 2 / STRIP) / all_.plan_.padded_k;
-            if (part.moved) return StripRows::of_words(first, count_, ahead);
+            if (part.moved) {  // as many columns ahead as codes of four bits
+                const int64_t columns = STRIP_AHEAD * 2 / STRIP, strip_bytes = part.row_bytes * STRIP;
+                return StripRows::of_words(first, count_, strip_bytes * columns / all_.plan_.padded_k);
+            }
             // Its rows lie one behind the other: a share of them for each share of this strip's.
             const uint8_t* next = first + STRIP * (part.row_bytes + at);
             for (int64_t byte = 0; byte < STRIP * bytes; byte += 64) fetch(next + byte);

@@ -105,7 +105,7 @@ class PartRows {
         return read_;
     }
 
-    // All the parts, of which the codes in columns start ... stop of rows row ... row + count can be read; `start` is a multiple of 32.
+    // All the parts, of which codes in columns start ... stop of rows row ... row + count can be read; `start` is a multiple of 32.
     Parts codes(const Parts& all, int64_t row, int64_t count, int64_t start, int64_t stop) const {
         if (!plan_.strips) return all;
         const int64_t row_bytes = row_bytes_of(plan_), end = least(stop, plan_.padded_k);

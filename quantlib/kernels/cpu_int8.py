@@ -56,7 +56,7 @@ class CpuInt8Tile(Kernel):
         if not cpu.has_int8():
             return f"multiplies bytes, which needs AVX-512 VNNI; {cpu.isa()} runs here"
         if problem.batch_invariant:
-            return "dispatch takes another kernel for another batch, and batch_invariant is set: cpu_linear serves every one"
+            return "dispatch takes another kernel for another batch, and batch_invariant is set"
         if unit_of(problem.format) is None:
             return f"multiplies whole numbers up to 127; values of {problem.format} are no multiples of one unit"
         return None

@@ -1,7 +1,7 @@
 """C++ kernels that multiply pairs of bf16 numbers (csrc/cpu/pairs_*.h), for CPUs with AVX-512 BF16 and VBMI.
 
-Few rows of x run at the speed of memory: codes become bf16 numbers by one look-up, and scales wait for sums of eight columns.
-Many rows, and dX, run at the speed of the instruction: blocks of W are decoded to bf16 in the cache.
+Few rows of x run at the speed of memory: codes become bf16 numbers by one look-up, and scales wait for sums of columns
+that share one. Many rows, and dX, run at the speed of the instruction: blocks of W are decoded to bf16 in the cache.
 """
 
 from __future__ import annotations
@@ -78,14 +78,17 @@ def decode_rate(problem: Problem, narrow: float, wide: float) -> float:
     return narrow if problem.format.codec.bits <= 6 and problem.format.zero == "none" else wide
 
 
-def unsuited_to_pairs(problem: Problem) -> str | None:
-    """Why codes can't be multiplied as bf16 numbers with the problem's x, or None."""
-    if problem.dtype is not torch.bfloat16 and not exact_in_bf16(problem.format):
-        return f"takes a format whose values bf16 doesn't hold ({problem.format}) for bf16 x alone"
-    return None
+class ExactPairsKernel(PairsKernel):
+    """Codes are multiplied as bf16 numbers, scales wait: x of any dtype where bf16 holds the numbers."""
+
+    def supports(self, problem: Problem) -> str | None:
+        why = super().supports(problem)
+        if why is None and problem.dtype is not torch.bfloat16 and not exact_in_bf16(problem.format):
+            return f"takes a format whose values bf16 doesn't hold ({problem.format}) for bf16 x alone"
+        return why
 
 
-class CpuPairsDot(PairsKernel):
+class CpuPairsDot(ExactPairsKernel):
     name = "cpu_pairs_dot"
     operation = "linear"
     function = "pairs_dot"
@@ -93,9 +96,6 @@ class CpuPairsDot(PairsKernel):
         "code values in bf16 (exact; entries of code books that bf16 doesn't hold are rounded, for bf16 x alone); scales "
         "and zeros on fp32 sums of eight columns, minima on those of x over their columns"
     )
-
-    def supports(self, problem: Problem) -> str | None:
-        return super().supports(problem) or unsuited_to_pairs(problem)
 
     def cost(self, problem: Problem) -> float:
         # Four rows of x share what decoding costs. Minima are subtracted once a row, which costs nothing here.
@@ -106,7 +106,7 @@ class CpuPairsDot(PairsKernel):
         return predicted(problem, self.name, rate, peak_share=share / PLANES[problem.dtype])
 
 
-class CpuPairsStrip(PairsKernel):
+class CpuPairsStrip(ExactPairsKernel):
     name = "cpu_pairs_strip"
     operation = "linear"
     function = "pairs_strip"
@@ -116,9 +116,6 @@ class CpuPairsStrip(PairsKernel):
         "code values in bf16 (exact; entries of code books that bf16 doesn't hold are rounded, for bf16 x alone); scales "
         "and zeros on fp32 sums of a block of columns, minima on those of x over it"
     )
-
-    def supports(self, problem: Problem) -> str | None:
-        return super().supports(problem) or unsuited_to_pairs(problem)
 
     def cost(self, problem: Problem) -> float:
         m, turn = max(problem.m, 1), 8  # rows of x at once, and kernels for 1, 2 and 4 of the rest

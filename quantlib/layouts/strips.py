@@ -25,11 +25,9 @@ from quantlib.formats.scales import Parts
 STRIP = 16
 WORD_BYTES = 4
 WIDEST_BLOCK = 1024
-_WORDS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
-
-
 COLUMNS = 8
 """That kernels take together: a word of four bits."""
+_WORDS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 def whole_words(fmt: Format, k: int) -> bool:
