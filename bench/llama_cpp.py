@@ -6,11 +6,12 @@ Through llama-cpp-python's thin bindings: no tokenizer, no sampler, the largest 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy
 import torch
@@ -19,13 +20,24 @@ from torch import Tensor
 from bench.environment import version
 
 DISTRIBUTION, TRIED = "llama-cpp-python", "0.3.36"
-INSTALL = f'CMAKE_ARGS="-DGGML_NATIVE=ON" pip install {DISTRIBUTION}=={TRIED}'
+INSTALL = f'CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_OPENMP=OFF" pip install {DISTRIBUTION}=={TRIED}'
+P = ParamSpec("P")
+R = TypeVar("R")
 FILE_TYPES = {"q4_0": 2, "q4_1": 3, "q4_k": 14, "q8_0": 7}
 """Type of most matrices -> llama.cpp's number for such files (q4_k: Q4_K_S)."""
 
 
 class LlamaCppError(Exception):
     """llama.cpp refused; its own log says why."""
+
+
+_own_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llama.cpp")
+
+
+def in_own_thread(function: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> R:
+    """What a function that computes returns. llama.cpp shapes a thread's tile registers (AMX) once and for all; torch and quantlib
+    give theirs back after every product, and its next one on the same thread would be an illegal instruction."""
+    return _own_thread.submit(function, *arguments, **options).result()
 
 
 def absent() -> str | None:
@@ -107,11 +119,14 @@ class LlamaCppModel:
     def prefill(self, ids: Tensor) -> Tensor:
         """The logits [vocabulary] after a prompt of tokens [length]."""
         self.forget()
-        return torch.from_numpy(self.logits(ids.tolist()).copy())
+        return torch.from_numpy(in_own_thread(self.logits, ids.tolist()).copy())
 
     def generate(self, ids: Tensor, new_tokens: int) -> list[int]:
         """The `new_tokens` likeliest tokens, one after the other, after a prompt [length]."""
         self.forget()
+        return in_own_thread(self._generate, ids, new_tokens)
+
+    def _generate(self, ids: Tensor, new_tokens: int) -> list[int]:
         found = [int(self.logits(ids.tolist()).argmax())]
         while len(found) < new_tokens:
             found.append(int(self.logits(found[-1:]).argmax()))

@@ -156,7 +156,7 @@ class GgmlWeight:
         graph, source, target = self._graph(x.shape[0])
         ctypes.memmove(source, x.data_ptr(), x.nbytes)
         _set_threads()(backend()[1], threads)
-        if library().ggml_backend_graph_compute(backend()[1], graph):
+        if llama_cpp.in_own_thread(library().ggml_backend_graph_compute, backend()[1], graph):
             raise RuntimeError("ggml could not compute the product")
         numbers = (ctypes.c_float * (x.shape[0] * self.n)).from_address(target)
         return torch.frombuffer(numbers, dtype=torch.float32).view(x.shape[0], self.n)
