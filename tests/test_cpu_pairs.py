@@ -27,7 +27,7 @@ if cpu.unavailable is not None:
 if not cpu.has_pairs():
     pytest.skip(f"this CPU multiplies no bf16 pairs; it runs {cpu.isa()}", allow_module_level=True)
 
-DOTS = ("cpu_pairs_dot", "cpu_pairs_strip", *(["cpu_amx_dot"] if cpu.has_tiles() else []))
+DOTS = ("cpu_pairs_dot", "cpu_pairs_strip", *(["cpu_amx_strip"] if cpu.has_tiles() else []))
 TILES = ("cpu_pairs_strip_tile", "cpu_pairs_tile", *(["cpu_amx_linear"] if cpu.has_tiles() else []))
 DGRADS = ("cpu_pairs_dgrad", *(["cpu_amx_dgrad"] if cpu.has_tiles() else []))
 """By operation and by how they round; all of an operation take bf16 x, the first two of DOTS other dtypes too."""
@@ -47,20 +47,29 @@ def exact(fmt: Format) -> bool:
     return cpu_pairs.exact_in_bf16(fmt)
 
 
-def linear_kernels(weight: quantlib.QuantizedTensor, dtype: torch.dtype = torch.bfloat16) -> list[str]:
-    """Those of DOTS and TILES that take the weight; the others are asked why not."""
+def expected_refusal(name: str, fmt: Format, k: int) -> str:
+    """A word of why a kernel doesn't take a format of TAKEN; empty where it does."""
+    if (get_kernel(name).layout == "cpu_rows" or name in ("cpu_amx_linear", "cpu_amx_dgrad")) and not whole_words(fmt, k):
+        return "whole 32-bit words"
+    rounds = name in ("cpu_pairs_strip_tile", "cpu_amx_linear", "cpu_amx_dgrad")
+    return "values that bf16 holds" if rounds and fmt.codec.bits != 4 and not exact(fmt) else ""
+
+
+def taking(names: tuple[str, ...], weight: quantlib.QuantizedTensor, dtype: torch.dtype = torch.bfloat16) -> list[str]:
+    """The kernels that take the weight; the others are asked why not."""
     taken = []
-    for name in (*DOTS, *TILES) if dtype is torch.bfloat16 else DOTS[:2]:
-        fmt, layout = weight.format, get_kernel(name).layout
-        if layout == "cpu_rows" and not whole_words(fmt, weight.shape[1]):
-            problem = problem_of("linear", 1, weight.to_layout(layout), dtype)
-            assert "whole 32-bit words" in (get_kernel(name).supports(problem) or "")
-        elif name == "cpu_pairs_strip_tile" and fmt.codec.bits != 4 and not exact(fmt):
-            problem = problem_of("linear", 1, weight.to_layout(layout), dtype)
-            assert "values that bf16 holds" in (get_kernel(name).supports(problem) or "")
+    for name in names:
+        kernel, word = get_kernel(name), expected_refusal(name, weight.format, weight.shape[1])
+        placed = weight if kernel.layout == "any" else weight.to_layout(kernel.layout)
+        if word:
+            assert word in (kernel.supports(problem_of(kernel.operation, 1, placed, dtype)) or "")
         else:
             taken.append(name)
     return taken
+
+
+def linear_kernels(weight: quantlib.QuantizedTensor, dtype: torch.dtype = torch.bfloat16) -> list[str]:
+    return taking((*DOTS, *TILES) if dtype is torch.bfloat16 else DOTS[:2], weight, dtype)
 
 
 def identity_holds(y: torch.Tensor, decoded: torch.Tensor, fmt: Format) -> None:
@@ -87,7 +96,7 @@ def test_identity_gives_back_the_decoded_weight(spec: str) -> None:
 def test_identity_through_dgrad_gives_back_the_decoded_weight(spec: str) -> None:
     for n, k in SHAPES:
         weight = quantized(spec, n, k)
-        for name in DGRADS:
+        for name in taking(DGRADS, weight):
             dx = run(name, torch.eye(n, dtype=torch.bfloat16), weight)
             identity_holds(dx, weight.dequantize(torch.bfloat16), weight.format)
 
@@ -105,7 +114,7 @@ def test_products_are_those_of_the_decoded_weight(spec: str) -> None:
                     assert_close(run(name, x, weight, bias), fp64_product(x, weight, bias))
         for m in (0, 1, 5, 14, 35):
             dy = random_x(m, n, torch.bfloat16)
-            for name in DGRADS:
+            for name in taking(DGRADS, weight):
                 assert_close(run(name, dy, weight), dy.double() @ weight.dequantize().double())
 
 
@@ -148,14 +157,17 @@ def test_blocks_of_many_columns_keep_the_law(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", NAMES)
 def test_both_layouts_give_the_same_bits(spec: str) -> None:
-    """What decodes blocks of rows reads strips by way of the rows layout: blocks that begin and end inside a strip, and not."""
+    """What decodes blocks reads one layout by way of the other: blocks that begin and end inside a strip, and not."""
     for n, k in ((64, 256), (200, 576), (35, 1920)):
         weight = quantized(spec, n, k)
         if not whole_words(weight.format, k):
             assert k < 1920
             continue
         strips = weight.to_layout("cpu_rows")
-        for name, width in (("cpu_pairs_tile", k), ("cpu_pairs_dgrad", n)):
+        both = [(name, k) for name in TILES if get_kernel(name).layout == "any"] + [(name, n) for name in DGRADS]
+        for name, width in both:
+            if expected_refusal(name, weight.format, k):
+                continue
             x = random_x(7, width, torch.bfloat16)
             results = for_numbers_of_threads(lambda name=name, x=x, strips=strips: run(name, x, strips))  # type: ignore[misc]
             for y in results:
@@ -170,7 +182,7 @@ def test_a_kernel_of_another_layout_refuses_in_words() -> None:
         if name == "pairs_dot" or cpu.has_lookup():
             with pytest.raises(ValueError, match="reads weights in the layout rows, not in cpu_rows"):
                 cpu.Packed.of(strips).product(getattr(cpu.native(), name), x, None, y)
-    for name in ("pairs_strip", "pairs_strip_tile"):
+    for name in ("pairs_strip", "pairs_strip_tile", *(["amx_strip"] if cpu.has_tiles() else [])):
         with pytest.raises(ValueError, match="reads weights in the layout cpu_rows, not in rows"):
             cpu.Packed.of(weight).product(getattr(cpu.native(), name), x, None, y)
     program = Program(1, torch.bfloat16, 1)
@@ -184,7 +196,7 @@ def test_a_kernel_of_another_layout_refuses_in_words() -> None:
 def test_one_kernel_serves_batch_invariant_products_of_strips() -> None:
     weight = quantized("nvfp4", 96, 256).to_layout("cpu_rows")
     problems = [problem_of("linear", m, weight, torch.bfloat16, batch_invariant=True) for m in (1, 2, 8, 70, 3000)]
-    assert {select(problem).name for problem in problems} == {"cpu_pairs_strip"}
+    assert {select(problem).name for problem in problems} == {"cpu_amx_strip" if cpu.has_tiles() else "cpu_pairs_strip"}
 
 
 @pytest.mark.parametrize("name", [*DOTS, *TILES, *DGRADS])
@@ -259,10 +271,11 @@ def test_dispatch_takes_them_where_they_are_fastest_and_says_why_not_elsewhere()
     assert select(problem_of("linear", 1, weight, torch.bfloat16)).name == "cpu_pairs_dot"
     assert select(problem_of("linear", 512, weight, torch.bfloat16)).name == TILES[-1]
     strips = weight.to_layout("cpu_rows")
-    assert {select(problem_of("linear", m, strips, torch.bfloat16)).name for m in (1, 8, 16)} == {"cpu_pairs_strip"}
-    assert select(problem_of("linear", 512, strips, torch.bfloat16)).name == "cpu_pairs_strip_tile"
-    best = dispatch.best_layout(weight.format, (4096, 4096), "cpu", torch.bfloat16)
-    assert best == ("rows" if cpu.has_tiles() else "cpu_rows")
+    few, many = ("cpu_amx_strip", "cpu_amx_linear") if cpu.has_tiles() else ("cpu_pairs_strip", "cpu_pairs_strip_tile")
+    assert select(problem_of("linear", 1, strips, torch.bfloat16)).name == "cpu_pairs_strip"
+    assert {select(problem_of("linear", m, strips, torch.bfloat16)).name for m in (8, 16)} == {few}
+    assert select(problem_of("linear", 512, strips, torch.bfloat16)).name == many
+    assert dispatch.best_layout(weight.format, (4096, 4096), "cpu", torch.bfloat16) == "cpu_rows"
     assert select(problem_of("dgrad", 512, weight, torch.bfloat16)).name == DGRADS[-1]
     refusals = {choice.kernel: choice.refusal or "" for choice in choices(problem_of("linear", 1, weight, torch.float16))}
     assert "multiplies bf16; x is float16" in refusals["cpu_pairs_tile"]
@@ -285,14 +298,14 @@ def test_a_lower_instruction_set_refuses_in_words() -> None:
 
 @pytest.mark.skipif(not cpu.has_tiles(), reason=f"this CPU has no tile registers; it runs {cpu.isa()}")
 def test_without_tile_registers_kernels_refuse_in_words() -> None:
-    weight = quantized("int4-g128", 64, 256)
+    strips = quantized("int4-g128", 64, 256).to_layout("cpu_rows")
     x = random_x(1, 256, torch.bfloat16)
     with running("avx512_bf16"):
-        for name in ("cpu_amx_dot", "cpu_amx_linear"):
-            problem = problem_of("linear", 1, weight, torch.bfloat16)
+        for name in ("cpu_amx_strip", "cpu_amx_linear"):
+            problem = problem_of("linear", 1, strips, torch.bfloat16)
             assert "needs AMX BF16; avx512_bf16 runs here" in (get_kernel(name).supports(problem) or "")
             with pytest.raises(ValueError, match="avx512_bf16 has no tile registers"):
-                get_kernel(name).run(problem, x, weight, None)
+                get_kernel(name).run(problem, x, strips, None)
 
 
 def test_random_codes_of_every_width_keep_the_law() -> None:

@@ -27,7 +27,7 @@ FORMATS = (
     "int4-g32", "int4-g32-asym", "int4-channel-bf16", "int8-g32", "int8-channel", "int3-g64-asym", "nf4", "nf4-dq", "nvfp4",
     "mxfp4", "fp8-e4m3-block128", "q4_k", "q6_k",
 )  # fmt: skip
-KERNELS = ("cpu_linear", "cpu_pairs_dot", "cpu_pairs_strip", "cpu_amx_dot", "cpu_lookup_dot")
+KERNELS = ("cpu_linear", "cpu_pairs_dot", "cpu_pairs_strip", "cpu_amx_strip", "cpu_lookup_dot")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEIGHTS = (576, 192, 37)
 THREADS = (1, 2, 3)

@@ -98,9 +98,7 @@ Plan make_plan(const PlanArguments& a) {
     plan.supers_across = plan.scale == ScaleKind::super ? a.blocks_across / a.super_count : 0;
     if (plan.scale == ScaleKind::double_quant) fill(plan.scale_values, a.scale_values, "scale_values");
     plan.has_zero = a.has_zero, plan.has_minimum = a.has_minimum, plan.strips = a.strips;
-    if (plan.strips && (a.padded_k % 8 != 0 || a.padded_k * (a.bits & -a.bits) % 32 != 0)) {
-        throw std::invalid_argument("strips take rows of whole runs of eight columns, and planes of whole words of 32 bits");
-    }
+    if (plan.strips) check_words("strips take", plan);
     return plan;
 }
 
@@ -260,9 +258,9 @@ PYBIND11_MODULE(_cpu, module) {
     define_product("pairs_strip_tile", &linear<&Kernels::pairs_strip_tile, PAIRS, Reads::strips>, "As pairs_tile, of a plan with strips.");
     define_product("pairs_tile", &linear<&Kernels::pairs_tile, PAIRS, Reads::both>, "The same for bf16 x, with weights rounded to bf16.");
     define_product("pairs_dgrad", &linear<&Kernels::pairs_dgrad, PAIRS, Reads::both>, "y[m, k] = x[m, n] W in bf16, without a bias.");
-    define_product("amx_dot", &linear<&Kernels::amx_dot, TILES, Reads::rows>, "As pairs_dot for bf16 x, in tile registers.");
-    define_product("amx_linear", &linear<&Kernels::amx_linear, TILES, Reads::rows>, "As pairs_tile, in tile registers.");
-    define_product("amx_dgrad", &linear<&Kernels::amx_dgrad, TILES, Reads::rows>, "As pairs_dgrad, in tile registers.");
+    define_product("amx_strip", &linear<&Kernels::amx_strip, TILES, Reads::strips>, "As pairs_strip for bf16 x, in tile registers.");
+    define_product("amx_linear", &linear<&Kernels::amx_linear, TILES, Reads::words>, "As pairs_tile, in tile registers.");
+    define_product("amx_dgrad", &linear<&Kernels::amx_dgrad, TILES, Reads::words>, "As pairs_dgrad, in tile registers.");
     define_product("lookup_dot", &linear<&Kernels::lookup_dot, LOOKUPS, Reads::rows>, "The same by byte look-ups, for few rows of x.");
     define_product("lookup_tile", &linear<&Kernels::lookup_tile, LOOKUPS, Reads::rows>, "The same for several rows of x, with weights decoded in fp32.");
     module.def("rows_to_int8", &rows_to_int8, py::arg("m"), py::arg("k"), py::arg("dtype"), py::arg("x"), py::arg("x_row_stride"),

@@ -21,7 +21,7 @@ using ReadBy = std::pair<Product, Reads>;
 constexpr std::pair<const char*, ReadBy> PRODUCTS[] = {{"linear", {&Kernels::linear, Reads::both}},
                                                        {"pairs_dot", {&Kernels::pairs_dot, Reads::rows}},
                                                        {"pairs_strip", {&Kernels::pairs_strip, Reads::strips}},
-                                                       {"amx_dot", {&Kernels::amx_dot, Reads::rows}},
+                                                       {"amx_strip", {&Kernels::amx_strip, Reads::strips}},
                                                        {"lookup_dot", {&Kernels::lookup_dot, Reads::rows}}};
 
 const void* from(uintptr_t address) { return reinterpret_cast<const void*>(address); }

@@ -1,6 +1,6 @@
 // Compiled once per instruction set (build_tools/cpu.py): everything the set offers, behind one table of functions.
 #include "amx_dgrad.h"
-#include "amx_dot.h"
+#include "amx_strip.h"
 #include "amx_linear.h"
 #include "decoding.h"
 #include "dequantize.h"
@@ -45,7 +45,7 @@ const Kernels kernels = {
     nullptr,
 #endif
 #ifdef QUANTLIB_HAS_TILES
-    amx_dot,
+    amx_strip,
     amx_linear,
     amx_dgrad,
 #else

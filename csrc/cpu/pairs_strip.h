@@ -9,6 +9,7 @@
 #pragma once
 
 #include "pairs_x.h"
+#include "strip_codes.h"
 #include "strip_numbers.h"
 
 #ifdef QUANTLIB_HAS_PAIRS
@@ -111,29 +112,6 @@ inline void arrange_run(const LinearCall& call, const StripX& x, int64_t first, 
         }
     }
 }
-
-// The codes of a strip; of a last one of fewer rows, a copy with room for sixteen.
-class WholeStrip {
-  public:
-    static int64_t floats(const Plan& plan) { return plan.n % STRIP == 0 ? 0 : round_up(row_bytes_of(plan) * STRIP / 4, LANES); }
-
-    WholeStrip(const LinearCall& call, float* memory) : call_(call), memory_(reinterpret_cast<uint8_t*>(memory)) {}
-    Planes planes(int64_t row) const {
-        const Plan& plan = *call_.plan;
-        const int64_t row_bytes = row_bytes_of(plan), rows = plan.n - row, row_words = row_bytes / WORD_BYTES;
-        const uint8_t* strip = call_.parts.codes + row * row_bytes;
-        for (int64_t word = 0; rows < STRIP && word < row_words; ++word) {
-            uint8_t* to = memory_ + word * STRIP * WORD_BYTES;
-            memset(to, 0, STRIP * WORD_BYTES);
-            memcpy(to, strip + word * rows * WORD_BYTES, rows * WORD_BYTES);
-        }
-        return planes_of(plan.bits, rows < STRIP ? memory_ : strip, plan.padded_k * STRIP);
-    }
-
-  private:
-    const LinearCall& call_;
-    uint8_t* const memory_;
-};
 
 // What strips are multiplied with in one run of groups.
 struct StripGroups {

@@ -6,9 +6,7 @@
 // on the other rows of x.
 #pragma once
 
-#include "pairs_strip.h"
-
-#include <type_traits>
+#include "strip_round.h"
 
 #ifdef QUANTLIB_HAS_PAIRS
 namespace quantlib::cpu::QUANTLIB_ISA {
@@ -19,53 +17,6 @@ constexpr int STRIP_ROWS = BLOCK_STRIPS * STRIP;
 constexpr int64_t STRIP_COLUMNS = 1024;                                 // of a block, or a few less
 constexpr int64_t STRIP_VECTORS = STRIP_COLUMNS / EIGHTH * TURNS;       // of each of its strips
 constexpr int64_t TILE_WORDS_OF_W = STRIP_VECTORS * TILE_STRIPS * WORDS;  // of three strips, side by side
-
-// The numbers of eight columns of a strip, turn by turn, in fp32: those of the low and of the high words that pairs are made of.
-template <class Codes>
-struct WordNumbers {  // that bf16 holds
-    static constexpr int STAGES = Codes::STAGES;
-    using Raw = typename Codes::Raw;
-    const Codes codes;
-    explicit WordNumbers(const Plan& plan) : codes(plan) {}
-    QUANTLIB_INLINE Raw raw_of_strip(const Planes& strip, int64_t eighth, int64_t ahead) const {
-        return codes.raw_of_strip(strip, eighth, ahead);
-    }
-    template <int STAGE>
-    QUANTLIB_INLINE void stage(const Raw& raw, Floats* low, Floats* high) const {
-        Words w[TURNS / STAGES];
-        codes.template stage<STAGE>(raw, w);
-        for (int v = 0; v < TURNS / STAGES; ++v) low[v] = low_floats(w[v]), high[v] = high_floats(w[v]);
-    }
-};
-// Of four bits: any numbers, by look-ups of 32 bits, which ignore the bits above a code.
-struct NibbleNumbers {
-    static constexpr int STAGES = TURNS;
-    using Raw = Words;
-    const Floats values;
-    explicit NibbleNumbers(const Plan& plan) : values(load(plan.values)) {}
-    QUANTLIB_INLINE Raw raw_of_strip(const Planes& strip, int64_t eighth, int64_t ahead) const {
-        return strip_plane<4>(strip.plane[0], eighth, ahead);
-    }
-    template <int STAGE>
-    QUANTLIB_INLINE void stage(const Raw& raw, Floats* low, Floats* high) const {
-        *low = permute(_mm512_srli_epi32(raw, 4 * STAGE), values);
-        *high = permute(_mm512_srli_epi32(raw, 16 + 4 * STAGE), values);
-    }
-};
-
-// Eight columns of a strip -> bf16 weights, at `to` vector by vector, other strips' in between.
-template <Shift SHIFT, int STAGE = 0, class Numbers>
-QUANTLIB_INLINE void round_eighth(const Numbers& numbers, const typename Numbers::Raw& raw, Floats scale, Floats shift, uint16_t* to) {
-    constexpr int WIDTH = TURNS / Numbers::STAGES;
-    Floats low[WIDTH], high[WIDTH];
-    numbers.template stage<STAGE>(raw, low, high);
-    for (int v = 0; v < WIDTH; ++v) {
-        // Rounding leaves the low words of all lanes in front of the high ones.
-        const Words rounded = round_words(scaled<SHIFT>(low[v], scale, shift), scaled<SHIFT>(high[v], scale, shift));
-        store_words(to + (STAGE * WIDTH + v) * (TILE_STRIPS * WORDS), mix_words(rounded));
-    }
-    if constexpr (STAGE + 1 < Numbers::STAGES) round_eighth<SHIFT, STAGE + 1>(numbers, raw, scale, shift, to);
-}
 
 // sums[m][strip] += COUNT strips times eight rows of x, over `vectors` vectors of each strip.
 template <int COUNT>
@@ -102,10 +53,7 @@ struct PairsStripTile {
     }
 
     void rows(int64_t start, int64_t stop, float* memory) const {
-        with_decoder(*call.plan, [&](const auto& codes, auto shifted) {
-            using Codes = std::decay_t<decltype(codes)>;
-            using Numbers = std::conditional_t<std::is_same_v<Codes, BookCodes<4>>, NibbleNumbers, WordNumbers<Codes>>;
-            const Numbers numbers(*call.plan);
+        with_strip_numbers(*call.plan, [&](const auto& numbers, auto shifted) {
             for (int64_t row = start; row < stop; row += STRIP_ROWS) {
                 this->template block_rows<decltype(shifted)::shift>(numbers, row, least(STRIP_ROWS, stop - row), memory);
             }
@@ -127,35 +75,17 @@ struct PairsStripTile {
         for (int64_t first = 0; first < x.eighths; first += block) {
             const int64_t last = least(first + block, x.eighths);
             for (int64_t s = 0; s < strips; ++s) {
-                StripNumbers::Memory of_strip(numbers, placed);
                 const int64_t at = row + s * STRIP;
-                of_strip.begin(call.parts, at, least(STRIP, call.plan->n - at));
+                StripNumbers::Memory of_strip[1] = {{numbers, placed}};
+                of_strip[0].begin(call.parts, at, least(STRIP, call.plan->n - at));
                 uint16_t* to = weights + s / TILE_STRIPS * TILE_WORDS_OF_W + s % TILE_STRIPS * WORDS;
                 // What is decoded next: the same columns of the next strip.
                 const int64_t ahead = s + 1 < strips ? STRIP * row_bytes_of(*call.plan) : STRIP_AHEAD;
-                decode<SHIFT>(codes, whole.planes(at), of_strip, first, last, ahead, to);
+                round_strip<SHIFT, TILE_STRIPS * WORDS>(codes, numbers, {whole.planes(at)}, of_strip, first, last, ahead, to);
             }
             multiply(strips, first, last, weights, sums);
         }
         write_products(call, row, rows, sums, STRIP_ROWS);
-    }
-
-    template <Shift SHIFT, class Codes>
-    inline void decode(const Codes& kept, const Planes& strip, StripNumbers::Memory& of_strip, int64_t first, int64_t last, int64_t ahead,
-                       uint16_t* to) const {
-        const Codes codes = kept;  // a local copy stays in registers
-        const int64_t group = numbers.group() / EIGHTH, stop = (last + group - 1) / group, unit = numbers.whole_groups();
-        for (int64_t g = first / group / unit * unit; g < stop; g += unit) {
-            of_strip.fill(g, least(unit, x.groups - g), strip.plane[0] + line_of(*call.plan, g * group) + ahead);
-            for (int64_t i = most(g, first / group); i < least(g + unit, stop); ++i) {
-                const int64_t place = (i - g) * STRIP, end = least((i + 1) * group, last);
-                const Floats scale = load(of_strip.scales() + place);
-                const Floats shift = SHIFT == Shift::none ? zero() : load(of_strip.shifts() + place);
-                for (int64_t eighth = i * group; eighth < end; ++eighth, to += TURNS * TILE_STRIPS * WORDS) {
-                    round_eighth<SHIFT>(codes, codes.raw_of_strip(strip, eighth, ahead), scale, shift, to);
-                }
-            }
-        }
     }
 
     inline void multiply(int64_t strips, int64_t first, int64_t last, const uint16_t* weights, float* sums) const {

@@ -52,9 +52,15 @@ QUANTLIB_INLINE void fetch_for(const void* address) {
     __builtin_prefetch(address, 0, LOCALITY);
     __asm__ volatile("");
 }
+#if QUANTLIB_ISA_LEVEL >= 4
+// CPUs with tile registers are Intel's: what goes past the second-level cache there waits in the sixteen buffers of the first.
+constexpr int READ_ONCE = 2;
+#else
+constexpr int READ_ONCE = 0;
+#endif
 QUANTLIB_INLINE void fetch_near(const void* address) { fetch_for<3>(address); }
 QUANTLIB_INLINE void fetch(const void* address) { fetch_for<2>(address); }
-QUANTLIB_INLINE void fetch_once(const void* address) { fetch_for<0>(address); }
+QUANTLIB_INLINE void fetch_once(const void* address) { fetch_for<READ_ONCE>(address); }
 
 // Two planes of a code: `low` in LOW bits, `high` above them. Bits above the code are left as they come.
 template <int LOW>

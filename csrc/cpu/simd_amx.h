@@ -21,17 +21,18 @@ inline int64_t tiles_of(int64_t rows) { return (rows + TILE - 1) / TILE; }
 // gcc's intrinsics (12 and 13) don't say that they read the memory behind an address: what was stored there must have been.
 QUANTLIB_INLINE void written(const void* address) { asm volatile("" : : "r"(address) : "memory"); }
 
-// All eight registers whole, until the end of the scope. Each thread has its own.
+// All eight registers, until the end of the scope: 0 to 3 for sums, 4 and 5 for what is multiplied by 6 and 7, which are whole. The
+// former have so many rows. Each thread has its own.
 class TileRegisters {
   public:
-    TileRegisters() {
+    explicit TileRegisters(int rows = TILE) {
         struct {
             uint8_t palette = 1, start_row = 0, reserved[14] = {};
             uint16_t row_bytes[16] = {};
             uint8_t rows[16] = {};
         } shape;
         static_assert(sizeof(shape) == 64);
-        for (int i = 0; i < 8; ++i) shape.row_bytes[i] = 64, shape.rows[i] = TILE;
+        for (int i = 0; i < 8; ++i) shape.row_bytes[i] = 64, shape.rows[i] = uint8_t(i < 6 ? rows : TILE);
         written(&shape);
         _tile_loadconfig(&shape);
     }
@@ -92,10 +93,15 @@ void multiply_tiles(const TileRows& a, const TileRows& b, int64_t count, const T
     if constexpr (AS == 2 && BS == 2) _tile_stored(3, last, sums_row);
 }
 
-using MultiplyTiles = void (*)(const TileRows&, const TileRows&, int64_t, const TileSums&);
-// By the number of a's and of b's, less one.
-constexpr MultiplyTiles ADD_TILES[2][2] = {{multiply_tiles<false, 1, 1>, multiply_tiles<false, 1, 2>},
-                                           {multiply_tiles<false, 2, 1>, multiply_tiles<false, 2, 2>}};
+// The same for as many of a and of b as there are, up to two; NEW at run time.
+inline void multiply_pairs(bool begins, int64_t in_a, int64_t in_b, const TileRows& a, const TileRows& b, int64_t count, const TileSums& to) {
+    using Multiply = void (*)(const TileRows&, const TileRows&, int64_t, const TileSums&);
+    static constexpr Multiply ALL[2][2][2] = {{{multiply_tiles<false, 1, 1>, multiply_tiles<false, 1, 2>},
+                                               {multiply_tiles<false, 2, 1>, multiply_tiles<false, 2, 2>}},
+                                              {{multiply_tiles<true, 1, 1>, multiply_tiles<true, 1, 2>},
+                                               {multiply_tiles<true, 2, 1>, multiply_tiles<true, 2, 2>}}};
+    ALL[begins][in_a > 1][in_b > 1](a, b, count, to);
+}
 
 }  // namespace quantlib::cpu::QUANTLIB_ISA
 #endif

@@ -16,6 +16,7 @@ class StripNumbers {
     // Columns that are multiplied: of stored ones behind column k no more than row by row.
     static int64_t columns(const Plan& plan) { return least(plan.padded_k, round_up(plan.k, 128)); }
 
+    const Plan& plan() const { return plan_; }
     int64_t group() const { return group_; }    // columns
     int64_t groups() const { return groups_; }  // at a time, of a strip
     int64_t groups_across() const { return (columns(plan_) + group_ - 1) / group_; }
@@ -39,6 +40,11 @@ class StripNumbers {
             if (!all_.direct_) rows_.expand(parts, row, rows);  // such parts lie as in `rows`
         }
         // Fill in groups first ... first + count, of which there may be fewer. `codes`: lines to ask for meanwhile.
+        // `whole`: with groups of zeros up to a multiple of it.
+        void fill(int64_t first, int64_t count, int whole, const uint8_t* codes) {
+            fill(first, count, codes);
+            for (int64_t g = count; g % whole != 0; ++g) store(memory_ + g * STRIP, zero()), store(memory_ + all_.size() + g * STRIP, zero());
+        }
         void fill(int64_t first, int64_t count, const uint8_t* codes) {
             const Plan& plan = all_.plan_;
             meanwhile_ = {codes};

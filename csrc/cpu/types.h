@@ -114,8 +114,8 @@ struct GateCall;
 struct AddCall;
 struct DenseCall;
 
-// Layouts of weights that a product reads.
-enum class Reads { rows, strips, both };
+// Layouts of weights that a product reads; `words`: both, but rows of whole words alone, as strips have.
+enum class Reads { rows, strips, both, words };
 
 // Those that return bool return false where scratch memory could not be had. Those with `pairs` are null where an instruction
 // set has no products of bf16 pairs, those with `amx` where it has no tile registers, `int8_tile` where it has no products of bytes,
@@ -127,7 +127,7 @@ struct Kernels {
     bool (*pairs_strip_tile)(const LinearCall&);
     bool (*pairs_tile)(const LinearCall&);
     bool (*pairs_dgrad)(const LinearCall&);  // x is dY [m, n], y is dX [m, k]
-    bool (*amx_dot)(const Joined<LinearCall>&);
+    bool (*amx_strip)(const Joined<LinearCall>&);
     bool (*amx_linear)(const LinearCall&);
     bool (*amx_dgrad)(const LinearCall&);  // the same
     bool (*rows_to_int8)(const Int8RowsCall&);

@@ -24,8 +24,15 @@ inline Kind parse(const std::pair<const char*, Kind> (&words)[COUNT], const std:
     throw std::invalid_argument("unknown kind " + word + ": expected one of " + known);
 }
 
+// Raises where rows are no whole runs of eight columns, or a plane of one is no whole words of 32 bits.
+inline void check_words(const char* what, const Plan& plan) {
+    if (plan.padded_k % 8 == 0 && plan.padded_k * (plan.bits & -plan.bits) % 32 == 0) return;
+    throw std::invalid_argument(std::string(what) + " rows of whole runs of eight columns, and planes of whole words of 32 bits");
+}
+
 // Raises where a product doesn't read the layout that the plan's weight lies in.
 inline void check_layout(Reads reads, const Plan& plan) {
+    if (reads == Reads::words) return check_words("reads", plan);
     if (reads == Reads::both || (reads == Reads::strips) == plan.strips) return;
     throw std::invalid_argument(plan.strips ? "reads weights in the layout rows, not in cpu_rows"
                                             : "reads weights in the layout cpu_rows, not in rows");

@@ -1,32 +1,33 @@
 """C++ kernels that multiply in the tile registers of AMX (csrc/cpu/amx_*.h), for CPUs with AMX BF16 and bf16 x.
 
-Few rows of x cost little more than one: codes become exact bf16 numbers in the cache, and one product of tiles takes sixteen
-rows of W and sixteen lanes, each a row of x and a block's columns. Many rows, and dX, decode as the kernels of bf16 pairs do
-and multiply at some sixteen times their rate.
+What codes of sixteen rows of W side by side come out as, pairs of columns, are the rows of a tile: weights in `cpu_rows` are
+decoded, and multiplied with sixteen rows of x, or of dY, in one instruction. Few rows of x cost little more than one.
 """
 
 from __future__ import annotations
 
-from math import gcd
-
 from quantlib.kernels import cpu
 from quantlib.kernels.base import Problem, register_kernel
 from quantlib.kernels.cpu import predicted
-from quantlib.kernels.cpu_pairs import CpuPairsDot, RoundedPairsKernel
+from quantlib.kernels.cpu_pairs import CpuPairsStrip, RoundedPairsKernel, strip_refusal
+from quantlib.layouts.strips import whole_words
 
 SPAN = 128
-"""Columns that are decoded together."""
+"""Columns of a row, which costs are counted for."""
 TILE = 16
-"""Lanes of a tile."""
-BOOK_ENTRIES = 64
-"""Of the code books of all blocks in a span, if they are to be rounded before codes are looked up."""
-PRODUCTS = 9.5
+"""Lanes of a tile: rows of x, or pairs of one and a block of columns where blocks are narrower than TILE_COLUMNS."""
+TILE_COLUMNS = 32
+"""Columns that one product of tiles adds up."""
+X_TILES = 2
+"""Tiles of x that few rows are multiplied with at once."""
+PRODUCTS = 17.0
 """The rate of products of tiles, in units of torch's fp32 matmul on one core."""
 
 
-def blocks_in_span(problem: Problem) -> int:
-    """Blocks of columns with a scale of their own."""
-    return SPAN // gcd(SPAN, problem.format.block.cols or SPAN)
+def rows_in_tile(problem: Problem) -> int:
+    """Rows of x that one tile has lanes for."""
+    columns = problem.format.block.cols or SPAN
+    return TILE * columns // TILE_COLUMNS if columns in (8, 16) else TILE
 
 
 class AmxKernel(RoundedPairsKernel):
@@ -37,32 +38,49 @@ class AmxKernel(RoundedPairsKernel):
             return None
         return f"multiplies in tile registers, which needs AMX BF16; {cpu.isa()} runs here"
 
-    def priced(self, problem: Problem, nanoseconds: float) -> float:
+    def priced(self, problem: Problem, nanoseconds: float, share: float = PRODUCTS) -> float:
         """Microseconds where a thread decodes a span of one row in so many nanoseconds."""
-        return predicted(problem, self.name, SPAN / nanoseconds, peak_share=PRODUCTS)
+        return predicted(problem, self.name, SPAN / nanoseconds, peak_share=share)
 
 
-class CpuAmxDot(AmxKernel):
-    name = "cpu_amx_dot"
+class CpuAmxStrip(AmxKernel):
+    name = "cpu_amx_strip"
     operation = "linear"
-    function = "amx_dot"
-    scaling = CpuPairsDot.scaling
+    function = "amx_strip"
+    layout = "cpu_rows"
+    batch_invariant = True
+    scaling = CpuPairsStrip.scaling
 
     def cost(self, problem: Problem) -> float:
-        # Two tiles beside each other share what is loaded.
-        tiles = -(-problem.m * blocks_in_span(problem) // TILE)
-        decode = 11.5 if problem.format.codec.bits > 6 else 5.5
-        return self.priced(problem, decode + 3.8 * min(tiles, 2) + 9.0 * max(tiles - 2, 0))
+        m, rows = max(problem.m, 1), rows_in_tile(problem)
+        # Codes are decoded again for every X_TILES tiles of x. A tile costs its products, and what scaling sums takes.
+        runs, rest = divmod(m, X_TILES * rows)
+        tiles = X_TILES * runs + (rest / rows if rest <= rows else X_TILES)
+        decode = 8.0 if problem.format.codec.bits > 6 else 5.0
+        scaling = 2.5 if (problem.format.block.cols or SPAN) > TILE_COLUMNS else 4.5
+        return self.priced(problem, decode * (runs + (rest > 0)) + scaling * tiles, share=10 * PRODUCTS)
+
+
+class AmxTileKernel(AmxKernel):
+    """Many rows of x or dY: W in the layout `rows` is turned over block by block."""
+
+    layout = "any"
+
+    def supports(self, problem: Problem) -> str | None:
+        why = super().supports(problem)
+        if why is None and not whole_words(problem.format, problem.k):
+            return f"turns rows of whole 32-bit words over; {problem.k} columns of {problem.format} are none"
+        return why or strip_refusal(problem)
 
 
 def rounding_time(problem: Problem) -> float:
     """Nanoseconds to decode and round a span of one row."""
-    if problem.format.codec.bits > 6:
-        return 30.0
-    return 13.0 if blocks_in_span(problem) << problem.format.codec.bits <= BOOK_ENTRIES else 20.0
+    wide = problem.format.codec.bits > 6
+    turned = 0.0 if problem.layout == "cpu_rows" else 4.0 if wide else 2.0
+    return turned + (15.5 if wide else 9.5 if problem.format.zero == "none" else 13.0)
 
 
-class CpuAmxLinear(AmxKernel):
+class CpuAmxLinear(AmxTileKernel):
     name = "cpu_amx_linear"
     operation = "linear"
     function = "amx_linear"
@@ -71,15 +89,15 @@ class CpuAmxLinear(AmxKernel):
         return self.priced(problem, rounding_time(problem))
 
 
-class CpuAmxDgrad(AmxKernel):
+class CpuAmxDgrad(AmxTileKernel):
     name = "cpu_amx_dgrad"
     operation = "dgrad"
     function = "amx_dgrad"
 
     def cost(self, problem: Problem) -> float:
-        return self.priced(problem, 12.0 + rounding_time(problem))
+        return self.priced(problem, 5.0 + rounding_time(problem))
 
 
-register_kernel(CpuAmxDot())
+register_kernel(CpuAmxStrip())
 register_kernel(CpuAmxLinear())
 register_kernel(CpuAmxDgrad())

@@ -124,8 +124,10 @@ class CpuPairsStrip(ExactPairsKernel):
         # Codes are looked up again for every eight rows of x; narrow blocks add what scaling their sums takes.
         share = 1.65 if problem.format.codec.bits > 6 else 2.25 if (problem.format.block.cols or 64) >= 64 else 1.95
         if cpu.has_tiles():
-            share = 0.64
-        return predicted(replace(problem, m=whole), self.name, 75.0, peak_share=share / PLANES[problem.dtype])
+            share = 1.05
+        cost = predicted(replace(problem, m=whole), self.name, 75.0, peak_share=share / PLANES[problem.dtype])
+        # Where one kernel must serve every batch, tile registers do at all but one row of x what this one can't.
+        return 2 * cost if problem.batch_invariant and cpu.has_tiles() else cost
 
 
 class RoundedPairsKernel(PairsKernel):
@@ -152,6 +154,13 @@ class CpuPairsTile(RoundedPairsKernel):
         return predicted(problem, self.name, 12.0 if narrow else 10.0, peak_share=0.8 if cpu.has_tiles() else 2.19)
 
 
+def strip_refusal(problem: Problem) -> str | None:
+    """Why strips of a format can't be rounded to bf16, whose numbers are looked up as bf16 but where codes have four bits."""
+    if problem.format.codec.bits == 4 or exact_in_bf16(problem.format):
+        return None
+    return f"takes values that bf16 holds, or 4-bit codes; those of {problem.format} are neither"
+
+
 class CpuPairsStripTile(RoundedPairsKernel):
     name = "cpu_pairs_strip_tile"
     operation = "linear"
@@ -159,10 +168,7 @@ class CpuPairsStripTile(RoundedPairsKernel):
     layout = "cpu_rows"
 
     def supports(self, problem: Problem) -> str | None:
-        why = super().supports(problem)
-        if why is None and problem.format.codec.bits != 4 and not exact_in_bf16(problem.format):
-            return f"takes values that bf16 holds, or 4-bit codes; those of {problem.format} are neither"
-        return why
+        return super().supports(problem) or strip_refusal(problem)
 
     def cost(self, problem: Problem) -> float:
         whole = replace(problem, m=-(-max(problem.m, 1) // 8) * 8)
