@@ -199,6 +199,27 @@ def test_one_kernel_serves_batch_invariant_products_of_strips() -> None:
     assert {select(problem).name for problem in problems} == {"cpu_amx_strip" if cpu.has_tiles() else "cpu_pairs_strip"}
 
 
+def test_no_columns_leave_the_bias() -> None:
+    weight, x = quantized("int4-g32", 40, 0), torch.empty(5, 0, dtype=torch.bfloat16)
+    bias = torch.arange(40, dtype=torch.bfloat16)
+    for name in linear_kernels(weight):
+        assert_same_bits(run(name, x, weight, bias), bias.expand(5, 40))
+
+
+@pytest.mark.parametrize("name", DGRADS)
+def test_rows_that_are_not_there_add_nothing(name: str) -> None:
+    """Code 0 under the last row's scale is no number here: -128 * 1e37. Rows of W are taken 32 at a time."""
+    for spec in ("int8-g32-fp32", "int8-channel-fp32"):
+        for n in (17, 16, 33, 5):
+            like = quantized(spec, n, 128)
+            parts = {"codes": torch.full_like(like.parts["codes"], 129), "scales": torch.full_like(like.parts["scales"], 1e37)}
+            weight = quantlib.QuantizedTensor(like.format, like.shape, parts)
+            dy = torch.full((3, n), 0.0078125, dtype=torch.bfloat16)
+            for placed in (weight, weight.to_layout("cpu_rows")):
+                dx = run(name, dy, placed)
+                assert_close(dx, dy.double() @ weight.dequantize().double())
+
+
 @pytest.mark.parametrize("name", [*DOTS, *TILES, *DGRADS])
 @pytest.mark.parametrize("spec", ["int4-g32-asym", "nf4-dq", "q6_k", "fp8-e4m3-block128"])
 def test_bits_do_not_depend_on_threads_or_batch(spec: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,6 +327,16 @@ def test_without_tile_registers_kernels_refuse_in_words() -> None:
             assert "needs AMX BF16; avx512_bf16 runs here" in (get_kernel(name).supports(problem) or "")
             with pytest.raises(ValueError, match="avx512_bf16 has no tile registers"):
                 get_kernel(name).run(problem, x, strips, None)
+
+
+@pytest.mark.skipif(not cpu.has_tiles(), reason=f"this CPU has no tile registers; it runs {cpu.isa()}")
+def test_tile_registers_take_bf16_alone() -> None:
+    strips, y = quantized("int4-g128", 32, 128).to_layout("cpu_rows"), torch.empty(1, 32)
+    x = torch.ones(1, 128)
+    with pytest.raises(ValueError, match="multiplies bf16 x alone"):
+        cpu.Packed.of(strips).product(cpu.native().amx_strip, x, None, y)
+    with pytest.raises(ValueError, match="multiplies bf16 x alone"):
+        Program(1, torch.float32, 1).product("amx_strip", x[0], [Term(strips, None, y[0])])
 
 
 def test_random_codes_of_every_width_keep_the_law() -> None:

@@ -52,6 +52,7 @@ struct AmxDgrad {
         with_strip_numbers(*call.plan, [&](const auto& codes, auto shifted) {
             for (int64_t column = from; column < to; column += AMX_WIDTH) {
                 const int64_t width = least(AMX_WIDTH, to - column);
+                if (pairs == 0) memset(sums, 0, AMX_WIDTH * sums_stride(call) * sizeof(float));
                 for (int64_t first = 0; first < pairs; first += AMX_TILES) {
                     const int64_t count = least(AMX_TILES, pairs - first);
                     for (int64_t p = 0; p < count; ++p) {
@@ -70,7 +71,7 @@ struct AmxDgrad {
     static int64_t number_floats(const StripNumbers& numbers) { return round_up(numbers.floats(), LANES); }
     static int64_t code_floats(const LinearCall& call) { return StripCodes::floats(*call.plan, AMX_WIDTH); }
 
-    // Two strips, the second of which may be missing: it has the first's numbers then, and its rows of dY are zeros.
+    // Two strips, of which rows may be missing: zeros.
     template <Shift SHIFT, class Codes>
     inline void decode(const Codes& kept, int64_t row, int64_t column, int64_t width, float* placed, uint16_t* to) const {
         const Codes codes = kept;  // a local copy stays in registers
@@ -84,8 +85,8 @@ struct AmxDgrad {
             of_strip[s].begin(call.parts, rows[s], least(STRIP, plan.n - rows[s]));
             planes[s] = strips[s].planes(rows[s], column, column + width);
         }
-        // What is decoded next: the same columns of the next two strips.
-        const int64_t ahead = PAIR_ROWS * row_bytes_of(plan), first = column / EIGHTH, last = (column + width) / EIGHTH;
+        // What is decoded next: the same columns of the next two strips. Those of rows that are turned over were asked for then.
+        const int64_t ahead = plan.strips ? PAIR_ROWS * row_bytes_of(plan) : 0, first = column / EIGHTH, last = (column + width) / EIGHTH;
         const auto round = [&](int64_t eighth, int64_t end, int64_t place) QUANTLIB_LAMBDA {
             Floats scale[2], shift[2];
             for (int s = 0; s < 2; ++s) {
@@ -99,6 +100,11 @@ struct AmxDgrad {
             }
         };
         for_groups(numbers, planes, of_strip, first, last, ahead, round);
+        const int64_t there = plan.n - row;
+        for (int64_t c = 0; there < PAIR_ROWS && c < width; ++c) {
+            uint16_t* words = to + c / TILE * AMX_TILES * TILE_WORDS + c % TILE * WORDS;
+            memset(words + there, 0, (PAIR_ROWS - there) * sizeof(uint16_t));
+        }
         if ((last - first) % 2 != 0) {
             memset(to + (last - first) / 2 * AMX_TILES * TILE_WORDS + EIGHTH * WORDS, 0, EIGHTH * WORDS * sizeof(uint16_t));
         }

@@ -57,6 +57,7 @@ struct AmxLinear {
         with_strip_numbers(*call.plan, [&](const auto& codes, auto shifted) {
             for (int64_t row = start; row < stop; row += AMX_WIDTH) {
                 const int64_t rows = least(AMX_WIDTH, stop - row);
+                if (eighths == 0) memset(sums, 0, tiles_of(call.m) * TILE * AMX_STRIDE * sizeof(float));
                 for (int64_t first = 0; first < eighths; first += AMX_EIGHTHS) {
                     const int64_t last = least(eighths, first + AMX_EIGHTHS);
                     for (int64_t s = 0; s < tiles_of(rows); ++s) {
@@ -77,8 +78,9 @@ struct AmxLinear {
         const Planes planes[1] = {strips.planes(row, first * EIGHTH, last * EIGHTH)};
         StripNumbers::Memory of_strip[1] = {{numbers, placed}};
         of_strip[0].begin(call.parts, row, least(STRIP, call.plan->n - row));
-        // What is decoded next: the same columns of the next strip.
-        round_strip<SHIFT, WORDS>(codes, numbers, planes, of_strip, first, last, STRIP * row_bytes_of(*call.plan), to);
+        // What is decoded next: the same columns of the next strip. Those of rows that are turned over were asked for then.
+        const int64_t ahead = call.plan->strips ? STRIP * row_bytes_of(*call.plan) : 0;
+        round_strip<SHIFT, WORDS>(codes, numbers, planes, of_strip, first, last, ahead, to);
         const int64_t vectors = (last - first) * TURNS;
         memset(to + vectors * WORDS, 0, (round_up(vectors, TILE) - vectors) * WORDS * sizeof(uint16_t));
     }

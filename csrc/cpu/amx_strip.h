@@ -4,7 +4,8 @@
 // those of x over it.
 //
 // A product of tiles adds up 32 columns. Where a block is narrower, lanes of x are pairs (block, row of x) whose columns of other blocks
-// are zero. A row of y depends neither on the number of threads nor on the other rows of x.
+// are zero, so that a code whose number is infinite makes NaN of them. A row of y depends neither on the number of threads nor on the
+// other rows of x.
 #pragma once
 
 #include "amx_linear.h"

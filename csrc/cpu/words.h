@@ -24,6 +24,11 @@ inline Kind parse(const std::pair<const char*, Kind> (&words)[COUNT], const std:
     throw std::invalid_argument("unknown kind " + word + ": expected one of " + known);
 }
 
+// Raises where a product that takes bf16 x alone is given another.
+inline void check_words_of_x(DType dtype) {
+    if (dtype != DType::bfloat16) throw std::invalid_argument("multiplies bf16 x alone");
+}
+
 // Raises where rows are no whole runs of eight columns, or a plane of one is no whole words of 32 bits.
 inline void check_words(const char* what, const Plan& plan) {
     if (plan.padded_k % 8 == 0 && plan.padded_k * (plan.bits & -plan.bits) % 32 == 0) return;

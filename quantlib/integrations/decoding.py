@@ -312,7 +312,7 @@ class _Builder:
         """The cheapest product that a program can hold, or the one that the layer is bound to."""
         problem = dispatch.problem_of("linear", 1, layer.qweight, self.dtype, layer.activations)
         names = [choice.kernel for choice in dispatch.choices(problem) if choice.cost is not None]
-        for kernel in names if layer.kernel is None else [layer.kernel]:
+        for kernel in names if layer.kernel is None else [name for name in names if name == layer.kernel]:
             function = function_of(get_declaration(kernel))
             if function is not None and (layer.activations is None or in_int8(layer.activations)):
                 return function
