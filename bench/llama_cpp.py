@@ -35,8 +35,8 @@ _own_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llama.cpp")
 
 
 def in_own_thread(function: Callable[P, R], *arguments: P.args, **options: P.kwargs) -> R:
-    """What a function that computes returns. llama.cpp shapes a thread's tile registers (AMX) once and for all; torch and quantlib
-    give theirs back after every product, and its next one on the same thread would be an illegal instruction."""
+    """What a function that computes returns. llama.cpp shapes a thread's tile registers (AMX) once and for all; torch and
+    quantlib give theirs back after every product, and its next one on that thread would be an illegal instruction."""
     return _own_thread.submit(function, *arguments, **options).result()
 
 
