@@ -52,7 +52,7 @@ class CpuAmxStrip(AmxKernel):
     scaling = CpuPairsStrip.scaling
 
     def cost(self, problem: Problem) -> float:
-        m, rows = max(problem.m, 1), rows_in_tile(problem)
+        m, rows = 1 if problem.batch_invariant else max(problem.m, 1), rows_in_tile(problem)  # as `predicted` counts
         # Codes are decoded again for every X_TILES tiles of x. A tile costs its products, and what scaling sums takes.
         runs, rest = divmod(m, X_TILES * rows)
         tiles = X_TILES * runs + (rest / rows if rest <= rows else X_TILES)
