@@ -330,6 +330,17 @@ def test_without_tile_registers_kernels_refuse_in_words() -> None:
 
 
 @pytest.mark.skipif(not cpu.has_tiles(), reason=f"this CPU has no tile registers; it runs {cpu.isa()}")
+@pytest.mark.parametrize("name", [name for name in (*DOTS, *TILES, *DGRADS) if "pairs" in name])
+def test_products_of_pairs_have_the_same_bits_without_tile_registers(name: str) -> None:
+    for spec in ("int4-g128", "nvfp4", "q4_k", "int8-channel"):
+        weight = quantized(spec, 200, 512)
+        x = random_x(11, 200 if name in DGRADS else 512, torch.bfloat16)
+        y = run(name, x, weight)
+        with running("avx512_bf16"):
+            assert_same_bits(run(name, x, weight), y)
+
+
+@pytest.mark.skipif(not cpu.has_tiles(), reason=f"this CPU has no tile registers; it runs {cpu.isa()}")
 def test_tile_registers_take_bf16_alone() -> None:
     strips, y = quantized("int4-g128", 32, 128).to_layout("cpu_rows"), torch.empty(1, 32)
     x = torch.ones(1, 128)
