@@ -174,7 +174,7 @@ struct AmxStrip {
                     of_x += x_words;
                     made.count += ends;
                 }
-                if (i == 0) settle(before, of_strip, strip, decoded.eighth, memory);
+                if (i == unit - 1) settle(before, of_strip, strip, decoded.eighth, memory);
             }
             before = made;
         }
