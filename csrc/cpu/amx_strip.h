@@ -13,7 +13,7 @@
 #ifdef QUANTLIB_HAS_TILES
 namespace quantlib::cpu::QUANTLIB_ISA {
 
-constexpr int X_TILES = 2;                  // beside each other
+constexpr int X_TILES = 2;  // beside each other
 // Tiles of a strip that are scaled together, at most. They are multiplied while the next ones are decoded: what was stored must have
 // reached the cache, a tile waits for it.
 constexpr int MOST_TILES = 4;
@@ -174,8 +174,8 @@ struct AmxStrip {
                     of_x += x_words;
                     made.count += ends;
                 }
-                if (i == unit - 1) settle(before, of_strip, strip, decoded.eighth, memory);
             }
+            settle(before, of_strip, strip, decoded.eighth, memory);
             before = made;
         }
         settle(before, of_strip, strip, decoded.eighth, memory);

@@ -142,7 +142,7 @@ void linear(const Plan& plan, const Parts& parts, int64_t m, const std::string& 
     const auto chosen = kernels().*KERNEL;
     if (chosen == nullptr) throw std::invalid_argument("the instruction set " + isa() + " has no " + WHAT);
     check_layout(READS, plan);
-    if constexpr (WHAT == TILES) check_words_of_x(call.dtype);
+    if constexpr (WHAT == TILES) check_bf16(call.dtype);
     py::gil_scoped_release release;
     if (!run(chosen, call)) throw std::bad_alloc();
 }

@@ -38,7 +38,7 @@ void product(Program& program, const std::string& kernel, const std::vector<Quan
     ProductStep step = {function, {}, gated};
     for (const auto& [plan, parts, bias, y] : weights) {
         check_layout(reads, *plan);
-        if (function == Product(&Kernels::amx_strip)) check_words_of_x(parse(DTYPES, dtype));
+        if (function == Product(&Kernels::amx_strip)) check_bf16(parse(DTYPES, dtype));
         if (plan->strips != std::get<0>(weights[0])->strips) throw std::invalid_argument("weights of one step lie in two layouts");
         step.calls.push_back({plan, *parts, 1, parse(DTYPES, dtype), from(x), plan->k, 1, reinterpret_cast<const float*>(bias),
                               to(y), threads});

@@ -101,17 +101,6 @@ struct WordBook {
     }
 };
 
-// In place of a book whose entries are integers: but for the code, the bf16 number 128 + code, whose last place is 1, is a constant.
-template <int BITS>
-struct IntegerBook {
-    static_assert(BITS <= 6);
-    static constexpr float ZERO = 128.0f;  // the number of code 0
-    explicit IntegerBook(const uint16_t*) {}
-    QUANTLIB_INLINE Words look_up(Words codes) const {
-        return _mm512_ternarylogic_epi32(codes, same_words((1 << BITS) - 1), same_words(0x4300), 0xEA);  // and, or
-    }
-};
-
 // Low and high bytes of words -> the words of even places, and of odd ones.
 QUANTLIB_INLINE void join_bytes(Words lows, Words highs, Words& even, Words& odd) {
     const Words mask = same_words(0x00FF);

@@ -25,7 +25,7 @@ inline Kind parse(const std::pair<const char*, Kind> (&words)[COUNT], const std:
 }
 
 // Raises where a product that takes bf16 x alone is given another.
-inline void check_words_of_x(DType dtype) {
+inline void check_bf16(DType dtype) {
     if (dtype != DType::bfloat16) throw std::invalid_argument("multiplies bf16 x alone");
 }
 
