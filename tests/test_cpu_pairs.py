@@ -11,7 +11,7 @@ from quantlib.dispatch import choices, problem_of, select
 from quantlib.errors import KernelError
 from quantlib.formats import Format, get_format
 from quantlib.formats.block import Block
-from quantlib.formats.codecs import Affine
+from quantlib.formats.codecs import Affine, Table
 from quantlib.formats.scales import E8M0Scale, FloatScale, SuperScale
 from quantlib.kernels import cpu, cpu_pairs, get_kernel
 from quantlib.kernels.cpu_program import Program, Term
@@ -232,6 +232,43 @@ def test_bits_do_not_depend_on_threads_or_batch(spec: str, name: str, monkeypatc
         assert_same_bits(run(name, x[:m], weight), results[0][:m])
     monkeypatch.setattr(cpu_pairs, "ROWS_AT_ONCE", 5)
     assert_same_bits(run(name, x, weight), results[0])
+
+
+@pytest.mark.parametrize("name", DOTS)
+@pytest.mark.parametrize("columns", [8, 16, 24, 32, 40, 64, 96])
+def test_bits_of_narrow_blocks_do_not_depend_on_the_batch(columns: int, name: str) -> None:
+    """Of odd and even numbers of tiles of 32 columns, with totals so small that they become 0 or -0."""
+    fmt = Format(f"narrow{columns}", Affine(4), Block(1, columns), FloatScale(torch.float32))
+    for k in (columns, 3 * columns, 12 * columns, 13 * columns):
+        weight = quantlib.quantize(random_weight(20, k, seed=columns), fmt)
+        scales = weight.parts["scales"] * 10.0 ** torch.randint(-38, 0, weight.parts["scales"].shape)
+        weight = quantlib.QuantizedTensor(fmt, weight.shape, dict(weight.parts) | {"scales": scales})
+        x = random_x(40, k, torch.bfloat16) * (10.0 ** torch.randint(-38, 0, (40, 1))).bfloat16()
+        y = run(name, x, weight)
+        for m in (1, 2, 3, 4, 5, 8, 9, 16, 17, 33):
+            assert_same_bits(run(name, x[40 - m :], weight), y[40 - m :])
+    minus = torch.full_like(weight.parts["codes"], 0x77)
+    tiny = {"codes": minus, "scales": torch.full_like(weight.parts["scales"], 1e-30)}
+    weight = quantlib.QuantizedTensor(fmt, weight.shape, dict(weight.parts) | tiny)
+    x = torch.full((33, k), 1e-20, dtype=torch.bfloat16)
+    y = run(name, x, weight)
+    assert not bool(y.any())
+    for m in (1, 2, 8, 9):
+        assert_same_bits(run(name, x[:m], weight), y[:m])
+
+
+@pytest.mark.parametrize("name", DOTS)
+def test_an_infinite_number_leaves_the_other_blocks_of_32_columns_alone(name: str) -> None:
+    fmt = Format("infinite", Table((*(float(i) for i in range(-8, 7)), float("inf"))), Block(1, 32), FloatScale(torch.float32))
+    parts = dict(quantlib.quantize(random_weight(16, 96, seed=3), fmt).parts)
+    codes = torch.full_like(parts["codes"], 0x33)
+    codes.view(16, -1)[0, 0] = 0xFF
+    weight = quantlib.QuantizedTensor(fmt, (16, 96), parts | {"codes": codes, "scales": torch.full_like(parts["scales"], 0.01)})
+    x = torch.full((17, 96), 1e-3, dtype=torch.bfloat16)
+    for m in (1, 4, 8, 9, 17):
+        y = run(name, x[:m], weight)
+        assert bool((y[:, 0] == float("inf")).all())
+        assert bool(y[:, 1:].isfinite().all())
 
 
 @pytest.mark.parametrize("name", [*DOTS, *TILES, *DGRADS])

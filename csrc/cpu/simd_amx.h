@@ -41,6 +41,42 @@ class TileRegisters {
     TileRegisters& operator=(const TileRegisters&) = delete;
 };
 
+// The registers of sums as two pairs, 0 and 1, 2 and 3, whose one factor is register 4 or 5; the other are 6 and 7. Registers are numbers
+// that the compiler must see.
+template <int PAIR>
+QUANTLIB_INLINE void zero_sums() {
+    if constexpr (PAIR == 0) {
+        _tile_zero(0);
+        _tile_zero(1);
+    } else {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+}
+template <int PAIR>
+QUANTLIB_INLINE void load_factor(const uint16_t* tile, int64_t row_bytes) {
+    if constexpr (PAIR == 0) _tile_loadd(4, tile, row_bytes);
+    else _tile_loadd(5, tile, row_bytes);
+}
+template <int PAIR, int SUM>
+QUANTLIB_INLINE void add_products() {
+    if constexpr (PAIR == 0 && SUM == 0) _tile_dpbf16ps(0, 4, 6);
+    if constexpr (PAIR == 0 && SUM == 1) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (PAIR == 1 && SUM == 0) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (PAIR == 1 && SUM == 1) _tile_dpbf16ps(3, 5, 7);
+}
+// Two whole tiles, one behind the other.
+template <int PAIR>
+QUANTLIB_INLINE void store_sums(float* to) {
+    if constexpr (PAIR == 0) {
+        _tile_stored(0, to, TILE * 4);
+        _tile_stored(1, to + TILE_FLOATS, TILE * 4);
+    } else {
+        _tile_stored(2, to, TILE * 4);
+        _tile_stored(3, to + TILE_FLOATS, TILE * 4);
+    }
+}
+
 // Where the tiles of a factor lie, in words: from one to the next that it is summed over, to the second that is multiplied beside
 // the first, and from row to row.
 struct TileRows {

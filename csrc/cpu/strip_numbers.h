@@ -40,10 +40,13 @@ class StripNumbers {
             if (!all_.direct_) rows_.expand(parts, row, rows);  // such parts lie as in `rows`
         }
         // Fill in groups first ... first + count, of which there may be fewer. `codes`: lines to ask for meanwhile.
-        // `whole`: with groups of zeros up to a multiple of it.
+        // `whole`: up to a multiple of it with groups that change no total, whether 0 or -0, where sums are 0.
         void fill(int64_t first, int64_t count, int whole, const uint8_t* codes) {
             fill(first, count, codes);
-            for (int64_t g = count; g % whole != 0; ++g) store(memory_ + g * STRIP, zero()), store(memory_ + all_.size() + g * STRIP, zero());
+            for (int64_t g = count; g % whole != 0; ++g) {
+                store(memory_ + g * STRIP, broadcast(-0.0f));
+                store(memory_ + all_.size() + g * STRIP, zero());
+            }
         }
         void fill(int64_t first, int64_t count, const uint8_t* codes) {
             const Plan& plan = all_.plan_;
