@@ -56,8 +56,8 @@ class CpuAmxStrip(AmxKernel):
         # Codes are decoded again for every X_TILES tiles of x. A tile costs its products, and what scaling sums takes.
         runs, rest = divmod(m, X_TILES * rows)
         tiles = X_TILES * runs + (rest / rows if rest <= rows else X_TILES)
-        decode = 8.0 if problem.format.codec.bits > 6 else 5.0
-        scaling = 2.5 if (problem.format.block.cols or SPAN) > TILE_COLUMNS else 4.5
+        decode = 7.0 if problem.format.codec.bits > 4 else 3.8
+        scaling = 2.0 if (problem.format.block.cols or SPAN) > TILE_COLUMNS else 4.0
         return self.priced(problem, decode * (runs + (rest > 0)) + scaling * tiles, share=10 * PRODUCTS)
 
 
@@ -75,9 +75,9 @@ class AmxTileKernel(AmxKernel):
 
 def rounding_time(problem: Problem) -> float:
     """Nanoseconds to decode and round a span of one row."""
-    wide = problem.format.codec.bits > 6
+    wide = problem.format.codec.bits > 4
     turned = 0.0 if problem.layout == "cpu_rows" else 4.0 if wide else 2.0
-    return turned + (15.5 if wide else 9.5 if problem.format.zero == "none" else 13.0)
+    return turned + (23.0 if wide else 15.5 if problem.format.zero == "none" else 19.0)
 
 
 class CpuAmxLinear(AmxTileKernel):
@@ -95,7 +95,7 @@ class CpuAmxDgrad(AmxTileKernel):
     function = "amx_dgrad"
 
     def cost(self, problem: Problem) -> float:
-        return self.priced(problem, 5.0 + rounding_time(problem))
+        return self.priced(problem, 8.0 + rounding_time(problem))
 
 
 register_kernel(CpuAmxStrip())

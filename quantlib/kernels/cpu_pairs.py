@@ -123,11 +123,10 @@ class CpuPairsStrip(ExactPairsKernel):
         whole = m - rest + next(run for run in (0, 1, 2, 4, turn) if run >= rest)
         # Codes are looked up again for every eight rows of x; narrow blocks add what scaling their sums takes.
         share = 1.65 if problem.format.codec.bits > 6 else 2.25 if (problem.format.block.cols or 64) >= 64 else 1.95
+        decode = 75.0
         if cpu.has_tiles():
-            share = 1.05
-        cost = predicted(replace(problem, m=whole), self.name, 75.0, peak_share=share / PLANES[problem.dtype])
-        # Where one kernel must serve every batch, tile registers do at all but one row of x what this one can't.
-        return 2 * cost if problem.batch_invariant and cpu.has_tiles() else cost
+            share, decode = 0.9, 20.0 if problem.format.codec.bits > 4 else 60.0
+        return predicted(replace(problem, m=whole), self.name, decode, peak_share=share / PLANES[problem.dtype])
 
 
 class RoundedPairsKernel(PairsKernel):
