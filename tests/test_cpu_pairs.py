@@ -330,7 +330,9 @@ def test_dispatch_takes_them_where_they_are_fastest_and_says_why_not_elsewhere()
     assert select(problem_of("linear", 512, weight, torch.bfloat16)).name == TILES[-1]
     strips = weight.to_layout("cpu_rows")
     few, many = ("cpu_amx_strip", "cpu_amx_linear") if cpu.has_tiles() else ("cpu_pairs_strip", "cpu_pairs_strip_tile")
-    assert {select(problem_of("linear", m, strips, torch.bfloat16)).name for m in (1, 8, 16)} == {few}
+    assert select(problem_of("linear", 1, strips, torch.bfloat16)).name == "cpu_pairs_strip"
+    assert {select(problem_of("linear", m, strips, torch.bfloat16)).name for m in (8, 16)} == {few}
+    assert select(problem_of("linear", 1, quantized("int4-g128", 4096, 4096).to_layout("cpu_rows"), torch.bfloat16)).name == few
     assert select(problem_of("linear", 512, strips, torch.bfloat16)).name == many
     assert dispatch.best_layout(weight.format, (4096, 4096), "cpu", torch.bfloat16) == "cpu_rows"
     assert select(problem_of("dgrad", 512, weight, torch.bfloat16)).name == DGRADS[-1]

@@ -57,11 +57,8 @@ struct AmxStrip {
         const int64_t strips = (stop - start + STRIP - 1) / STRIP, half = (strips + 1) / 2;
         for (int64_t i = 0; i < half; ++i) {
             const int64_t row[STRIPS] = {start + i * STRIP, start + least(half + i, strips - 1) * STRIP};
-            Planes strip[STRIPS];
-            for (int s = 0; s < STRIPS; ++s) {
-                of_strip[s].begin(call.parts, row[s], least(STRIP, plan.n - row[s]));
-                strip[s] = whole.planes(row[s]);
-            }
+            for (int s = 0; s < STRIPS; ++s) of_strip[s].begin(call.parts, row[s], least(STRIP, plan.n - row[s]));
+            const Planes strip[STRIPS] = {whole.planes(row[0]), whole.planes(row[1])};
             for (int64_t j = 0; j < STRIPS * x.count; ++j) store(memory.totals + j * STRIP, zero());
             multiply(codes, strip, of_strip, memory);
             for (int s = 0; s < STRIPS; ++s) {
@@ -271,23 +268,22 @@ inline bool amx_strip(const Joined<LinearCall>& joined) {
     for (int64_t i = 0; i < joined.count; ++i) whole_floats = most(whole_floats, WholeStrip::floats(*joined.calls[i].plan));
     const int64_t thread_floats = AmxStripMemory::size(numbers) + whole_floats;
     const AmxStripX most_rows(tiles, numbers_alone, first.m, 0);  // no run has more
-    const int64_t sums_floats = needs_sums ? most_rows.sums_in_all(numbers.groups_across()) : 0;
-    const Scratch natural(round_up(plan.padded_k, SPAN) + WORDS), words(most_rows.words_in_all(tiles) / 2), sums(sums_floats);
-    const Scratch cut((tiles.count + 1) * int64_t(sizeof(StripTile) / sizeof(float)));
-    const Scratch scratch(threads * thread_floats);
-    if (natural.floats == nullptr || words.floats == nullptr || sums.floats == nullptr) return false;
-    if (cut.floats == nullptr || scratch.floats == nullptr) return false;
+    const int64_t natural_floats = round_up(plan.padded_k, SPAN) / 2, word_floats = most_rows.words_in_all(tiles) / 2;
+    const int64_t cut_floats = round_up((tiles.count + 1) * int64_t(sizeof(StripTile) / sizeof(float)), LANES);
+    const int64_t sum_floats = needs_sums ? most_rows.sums_in_all(numbers.groups_across()) : 0;
+    const Scratch shared(natural_floats + word_floats + cut_floats + sum_floats), scratch(threads * thread_floats);
+    if (shared.floats == nullptr || scratch.floats == nullptr) return false;
 
-    uint16_t* const to = reinterpret_cast<uint16_t*>(words.floats);
+    uint16_t* const natural = reinterpret_cast<uint16_t*>(shared.floats);
+    uint16_t* const words = reinterpret_cast<uint16_t*>(shared.floats + natural_floats);
+    StripTile* const cut = reinterpret_cast<StripTile*>(shared.floats + natural_floats + word_floats);
+    float* const sums = needs_sums ? shared.floats + natural_floats + word_floats + cut_floats : nullptr;
     for (int64_t start = 0; start < first.m; start += X_TILES * tiles.rows()) {
         AmxStripX x(tiles, numbers_alone, first.m, start);
-        x.cut(tiles, reinterpret_cast<StripTile*>(cut.floats));
-        x.tiles = reinterpret_cast<StripTile*>(cut.floats);
-        if (x.rows * x.beside > x.count) memset(to, 0, x.words_in_all(tiles) * sizeof(uint16_t));  // lanes without a row
-        for (int row = 0; row < x.count; ++row) {
-            scatter_strip_row(first, tiles, x, row, reinterpret_cast<uint16_t*>(natural.floats), to, needs_sums ? sums.floats : nullptr);
-        }
-        x.words = to, x.sums = needs_sums ? sums.floats : nullptr;
+        x.words = words, x.sums = sums, x.tiles = cut;
+        x.cut(tiles, cut);
+        if (x.rows * x.beside > x.count) memset(words, 0, x.words_in_all(tiles) * sizeof(uint16_t));  // lanes without a row
+        for (int row = 0; row < x.count; ++row) scatter_strip_row(first, tiles, x, row, natural, words, sums);
 #pragma omp parallel for schedule(static) num_threads(threads)
         for (int part = 0; part < threads; ++part) {
             float* const own = scratch.floats + part * thread_floats;

@@ -20,6 +20,9 @@ TILE_COLUMNS = 32
 """Columns that one product of tiles adds up."""
 X_TILES = 2
 """Tiles of x that few rows are multiplied with at once."""
+STARTING_US = 1.0
+"""What a call takes besides, more than one of `cpu_pairs_strip`: x is arranged before the threads multiply, and each shapes its
+registers. In a model of small layers the latter is the faster for one row of x."""
 PRODUCTS = 17.0
 """The rate of products of tiles, in units of torch's fp32 matmul on one core."""
 
@@ -40,7 +43,9 @@ class AmxKernel(RoundedPairsKernel):
 
     def priced(self, problem: Problem, nanoseconds: float, share: float = PRODUCTS) -> float:
         """Microseconds where a thread decodes a span of one row in so many nanoseconds."""
-        return predicted(problem, self.name, SPAN / nanoseconds, peak_share=share)
+        # Where one kernel must serve every batch, what one row of x takes matters less than what the others do.
+        starting = 0.0 if problem.batch_invariant else STARTING_US
+        return starting + predicted(problem, self.name, SPAN / nanoseconds, peak_share=share)
 
 
 class CpuAmxStrip(AmxKernel):
