@@ -13,22 +13,25 @@
 #ifdef QUANTLIB_HAS_TILES
 namespace quantlib::cpu::QUANTLIB_ISA {
 
-// Tiles of a strip that are scaled together, at most. They are multiplied while the next ones are decoded: what was stored must have
-// reached the cache, a tile waits for it.
-constexpr int MOST_TILES = 4;
+// Tiles of a strip that are scaled together. They are multiplied while the next ones are decoded: what was stored must have reached the
+// cache, a tile waits for it.
+constexpr int UNIT = 2;
+// Sums in registers: of one or two tiles of x beside each other times four or two strips.
+constexpr int SUM_TILES = 4;
+// Bytes of a row's scales that are expanded at a time: those of all strips share the first-level cache with weights, sums and x.
+constexpr int64_t SCALE_BYTES = 16;
 
-// What one thread works in, for STRIPS strips.
+// What one thread works in, for SUM_TILES strips.
 struct AmxStripMemory {
-    uint16_t* weights;  // [2][unit][strip] tiles
-    float* sums;        // [2][unit][beside][strip] tiles
+    uint16_t* weights;  // [2][UNIT][strip] tiles
+    float* sums;        // [2][UNIT][beside][strip] tiles
     float* totals;      // [strip][row of x][STRIP]
     float* numbers;
 
-    static constexpr int64_t WEIGHT_FLOATS = 2 * MOST_TILES * STRIPS * TILE_WORDS / 2;
-    static constexpr int64_t SUM_FLOATS = 2 * MOST_TILES * X_TILES * STRIPS * TILE_FLOATS;
-    static constexpr int64_t TOTAL_FLOATS = STRIPS * X_TILES * TILE * STRIP;
+    static constexpr int64_t WEIGHT_FLOATS = 2 * UNIT * SUM_TILES * TILE_WORDS / 2, SUM_FLOATS = 2 * UNIT * SUM_TILES * TILE_FLOATS;
+    static constexpr int64_t TOTAL_FLOATS = SUM_TILES * TILE * STRIP;
     static int64_t size(const StripNumbers& numbers) {
-        return WEIGHT_FLOATS + SUM_FLOATS + TOTAL_FLOATS + STRIPS * round_up(numbers.floats(), LANES);
+        return WEIGHT_FLOATS + SUM_FLOATS + TOTAL_FLOATS + SUM_TILES * round_up(numbers.floats(), LANES);
     }
     explicit AmxStripMemory(float* memory)
         : weights(reinterpret_cast<uint16_t*>(memory)), sums(memory + WEIGHT_FLOATS), totals(sums + SUM_FLOATS),
@@ -42,63 +45,79 @@ struct AmxStrip {
     const StripNumbers& numbers;
 
     void rows(int64_t start, int64_t stop, const AmxStripMemory& memory, float* whole_memory) const {
-        with_codes(*call.plan, [&](const auto& codes) { this->all_rows(codes, start, stop, memory, whole_memory); });
+        with_codes(*call.plan, [&](const auto& codes) {
+            if (x.beside == 1) this->template all_rows<1>(codes, start, stop, memory, whole_memory);
+            else this->template all_rows<X_TILES>(codes, start, stop, memory, whole_memory);
+        });
     }
 
   private:
-    // Two streams of strips, half of the range apart: memory delivers several faster than one.
-    template <class Codes>
+    // Some streams of strips, equal parts of the range apart: memory delivers several faster than one.
+    template <int BESIDE, class Codes>
     void all_rows(const Codes& codes, int64_t start, int64_t stop, const AmxStripMemory& memory, float* whole_memory) const {
+        constexpr int STREAMS = SUM_TILES / BESIDE;
+        static_assert(SUM_TILES == 4);
         const TileRegisters registers(x.rows * x.groups);
         const Plan& plan = *call.plan;
         const int64_t number_floats = round_up(numbers.floats(), LANES);
-        StripNumbers::Memory of_strip[STRIPS] = {{numbers, memory.numbers}, {numbers, memory.numbers + number_floats}};
+        StripNumbers::Memory of_strip[SUM_TILES] = {{numbers, memory.numbers}, {numbers, memory.numbers + number_floats},
+                                                    {numbers, memory.numbers + 2 * number_floats},
+                                                    {numbers, memory.numbers + 3 * number_floats}};
         const WholeStrip whole(call, whole_memory);
-        const int64_t strips = (stop - start + STRIP - 1) / STRIP, half = (strips + 1) / 2;
-        for (int64_t i = 0; i < half; ++i) {
-            const int64_t row[STRIPS] = {start + i * STRIP, start + least(half + i, strips - 1) * STRIP};
-            for (int s = 0; s < STRIPS; ++s) of_strip[s].begin(call.parts, row[s], least(STRIP, plan.n - row[s]));
-            const Planes strip[STRIPS] = {whole.planes(row[0]), whole.planes(row[1])};
-            for (int64_t j = 0; j < STRIPS * x.count; ++j) store(memory.totals + j * STRIP, zero());
-            multiply(codes, strip, of_strip, memory);
-            for (int s = 0; s < STRIPS; ++s) {
-                write_products(call, x.first, x.first + x.count, row[s], least(STRIP, plan.n - row[s]),
+        const int64_t strips = (stop - start + STRIP - 1) / STRIP, part = (strips + STREAMS - 1) / STREAMS;
+        for (int64_t i = 0; i < part; ++i) {
+            const int there = int(least(STREAMS, (strips - i + part - 1) / part));
+            const auto row = [&](int s) { return start + least(i + s * part, strips - 1) * STRIP; };
+            const Planes strip[SUM_TILES] = {whole.planes(row(0)), whole.planes(row(1)), whole.planes(row(2)), whole.planes(row(3))};
+            for (int s = 0; s < there; ++s) of_strip[s].begin(call.parts, row(s), least(STRIP, plan.n - row(s)));
+            for (int64_t j = 0; j < there * x.count; ++j) store(memory.totals + j * STRIP, zero());
+            multiply<BESIDE>(codes, strip, of_strip, there, memory);
+            for (int s = 0; s < there; ++s) {
+                write_products(call, x.first, x.first + x.count, row(s), least(STRIP, plan.n - row(s)),
                                memory.totals + s * x.count * STRIP, STRIP);
             }
         }
     }
 
-    // totals = the strips times x.
-    template <class Codes>
-    __attribute__((noinline)) void multiply(const Codes& kept, const Planes (&strip)[STRIPS], StripNumbers::Memory (&of_strip)[STRIPS],
-                                            const AmxStripMemory& memory) const {
+    // totals = `there` strips times x.
+    template <int BESIDE, class Codes>
+    __attribute__((noinline)) void multiply(const Codes& kept, const Planes (&strip)[SUM_TILES],
+                                            StripNumbers::Memory (&of_strip)[SUM_TILES], int there, const AmxStripMemory& memory) const {
+        constexpr int STREAMS = SUM_TILES / BESIDE;
+        constexpr int64_t TILES = STREAMS * TILE_WORDS;
         const Codes codes = kept;  // local copies stay in registers
-        const Planes first = strip[0], second = strip[1];
-        static_assert(STRIPS == 2);
-        const int64_t count = this->count, unit = x.beside * x.lanes_words <= TILE_WORDS / 2 ? MOST_TILES : MOST_TILES / 2;
+        const Planes planes[SUM_TILES] = {strip[0], strip[1], strip[2], strip[3]};
         const StripTile* const tiles = x.tiles;
-        Turns turns = {x.words, x.beside == X_TILES ? x.lanes_words : 0, nullptr, 0};
+        const int64_t count = this->count;
+        float* waiting = nullptr;  // where sums in registers belong that have ended
         Made before = {0, 0, 0};
-        for (int64_t u = 0; u < (count + unit - 1) / unit + 1; ++u) {
-            uint16_t* to = memory.weights + u % 2 * (unit * STRIPS * TILE_WORDS);
-            const uint16_t* from = memory.weights + (u + 1) % 2 * (unit * STRIPS * TILE_WORDS);
-            const StripTile *decoded = tiles + u * unit, *multiplied = decoded - unit;
-            Made made = {u % 2 * unit, u == 0 ? 0 : multiplied->group, 0};
-            for (int64_t i = 0; i < unit; ++i, to += STRIPS * TILE_WORDS, from += STRIPS * TILE_WORDS) {
-                if (u * unit + i < count) {
-                    decode(codes, first, decoded[i], to);
-                    decode(codes, second, decoded[i], to + TILE_WORDS);
+        for (int64_t u = 0; u < (count + UNIT - 1) / UNIT + 1; ++u) {
+            uint16_t* to = memory.weights + u % 2 * (UNIT * TILES);
+            const uint16_t* from = memory.weights + (u + 1) % 2 * (UNIT * TILES);
+            const StripTile *decoded = tiles + u * UNIT, *multiplied = u == 0 ? tiles : decoded - UNIT;
+            Made made = {u % 2 * UNIT, multiplied->group, 0};
+            for (int64_t i = 0; i < UNIT; ++i, to += TILES, from += TILES) {
+                if (u * UNIT + i < count) {
+#pragma GCC unroll 4
+                    for (int s = 0; s < STREAMS; ++s) {
+                        if (s < there) decode(codes, planes[s], decoded[i], to + s * TILE_WORDS);
+                    }
                 }
-                if (u > 0 && (u - 1) * unit + i < count) {
-                    turns.multiply(from, multiplied[i], memory.sums + made.at(x.beside));
-                    made.count += multiplied[i].ends;
+                // A product takes long: its sums are stored once more has been decoded.
+                if (waiting != nullptr) store_sums(waiting);
+                waiting = nullptr;
+                if (u > 0 && (u - 1) * UNIT + i < count) {
+                    const StripTile tile = multiplied[i];
+                    if (tile.begins) zero_sums();
+                    add_products<BESIDE>(x.words + tile.words, x.lanes_words, from);
+                    if (tile.ends) waiting = memory.sums + made.at(made.count++);
                 }
             }
-            settle(before, of_strip, strip, tiles[least((u + 1) * unit, count)].eighth, memory);
+            settle<BESIDE>(before, of_strip, strip, there, tiles[least((u + 1) * UNIT, count)].eighth, memory);
             before = made;
         }
-        turns.store_waiting();
-        settle(before, of_strip, strip, tiles[count].eighth, memory);
+        if (waiting != nullptr) store_sums(waiting);
+        settle<BESIDE>(before, of_strip, strip, there, tiles[count].eighth, memory);
     }
 
     // One tile of a strip, whose last columns may be missing.
@@ -120,121 +139,80 @@ struct AmxStrip {
         }
     }
 
-    // Products of tiles. They take long: sums of one pair of registers are stored once those of the other have been asked for.
-    struct Turns {
-        const uint16_t* x;
-        int64_t beside;  // words to the second tile of x, or none
-        float* waiting;  // where the sums of the pair of the turn before belong, if they have ended
-        int pair;        // whose turn it is, where each pair serves one tile of x after the other
-
-        // [beside] tiles of x times those of two strips; to `sums` where they end.
-        QUANTLIB_INLINE void multiply(const uint16_t* weights, const StripTile& tile, float* sums) {
-            written(weights);
-            const uint16_t* of_x = x + tile.words;
-            float* const to = tile.ends ? sums : nullptr;
-            if (beside != 0) {
-                take<0>(weights, of_x, tile.begins, to);
-                take<1>(nullptr, of_x + beside, tile.begins, tile.ends ? sums + STRIPS * TILE_FLOATS : nullptr);
-            } else {
-                if (pair == 0) take<0>(weights, of_x, tile.begins, to);
-                else take<1>(weights, of_x, tile.begins, to);
-                pair ^= tile.ends;
-            }
-        }
-        // The last ones. With two tiles of x beside each other it is always the second pair that waits.
-        QUANTLIB_INLINE void store_waiting() {
-            if (waiting == nullptr) return;
-            if (pair == 1) store_sums<0>(waiting);
-            else store_sums<1>(waiting);
-            waiting = nullptr;
-        }
-
-      private:
-        // Without weights: those of the turn before.
-        template <int PAIR>
-        QUANTLIB_INLINE void take(const uint16_t* weights, const uint16_t* of_x, bool begins, float* sums) {
-            if (begins) zero_sums<PAIR>();
-            load_factor<PAIR>(of_x, WORDS * 2);
-            if (weights != nullptr) _tile_loadd(6, weights, WORDS * 2);
-            add_products<PAIR, 0>();
-            if (weights != nullptr) _tile_loadd(7, weights + TILE_WORDS, WORDS * 2);
-            add_products<PAIR, 1>();
-            if (waiting != nullptr) store_sums<1 - PAIR>(waiting);
-            waiting = sums;
-        }
-    };
-
     // Sums that one unit has left: of x.groups groups each.
     struct Made {
         int64_t first, group, count;
-        int64_t at(int beside) const { return (first + count) * beside * STRIPS * TILE_FLOATS; }
+        int64_t at(int64_t i) const { return (first + i) * SUM_TILES * TILE_FLOATS; }
     };
 
     // totals += what a unit has left, under its scales. `eighth`: what will be decoded next.
-    inline void settle(const Made& made, StripNumbers::Memory (&of_strip)[STRIPS], const Planes (&strip)[STRIPS], int64_t eighth,
-                       const AmxStripMemory& memory) const {
-        const int together = x.groups;
+    template <int BESIDE>
+    inline void settle(const Made& made, StripNumbers::Memory (&of_strip)[SUM_TILES], const Planes (&strip)[SUM_TILES], int there,
+                       int64_t eighth, const AmxStripMemory& memory) const {
+        constexpr int STREAMS = SUM_TILES / BESIDE;
         for (int64_t i = 0; i < made.count;) {
-            const int64_t group = made.group + i * together, place = group & (numbers.groups() - 1);
-            const int64_t count = least(made.count - i, (numbers.groups() - place) >> __builtin_ctz(together));
-            Settled of;
-            for (int s = 0; s < STRIPS; ++s) {
-                if (place == 0) {
-                    of_strip[s].fill(group, least(numbers.groups(), numbers.groups_across() - group), together,
-                                     strip[s].plane[0] + line_of(*call.plan, eighth) + STRIP_AHEAD);
-                }
-                of.scales[s] = of_strip[s].scales() + place * STRIP, of.shifts[s] = of_strip[s].shifts() + place * STRIP;
+            const int64_t group = made.group + i * x.groups, place = group & (numbers.groups() - 1);
+            const int64_t count = least(made.count - i, (numbers.groups() - place) >> __builtin_ctz(x.groups));
+            for (int s = 0; place == 0 && s < there; ++s) {
+                of_strip[s].fill(group, least(numbers.groups(), numbers.groups_across() - group), x.groups,
+                                 strip[s].plane[0] + line_of(*call.plan, eighth) + STRIP_AHEAD);
             }
-            of.count = count, of.together = together, of.group_stride = x.rows * STRIP, of.sums_stride = x.beside * STRIPS * TILE_FLOATS;
-            of.totals_stride = x.count * STRIP, of.of_x_stride = x.count;
-            for (int b = 0; b < x.beside; ++b) {
+            for (int b = 0; b < BESIDE; ++b) {
                 const int first = b * x.rows;
-                of.sums = memory.sums + Made{made.first, group, i}.at(x.beside) + b * STRIPS * TILE_FLOATS;
-                of.of_x = x.sums + group * x.count + first;
+                Settled<STREAMS> of = {};
+                for (int s = 0; s < STREAMS; ++s) {
+                    of.scales[s] = of_strip[s].scales() + place * STRIP, of.shifts[s] = of_strip[s].shifts() + place * STRIP;
+                }
+                of.of_x = x.sums + group * x.count + first, of.of_x_stride = x.count;
+                of.sums = memory.sums + made.at(i) + b * STREAMS * TILE_FLOATS;
+                of.group_stride = x.rows * STRIP, of.totals_stride = x.count * STRIP;
+                of.count = count, of.groups = x.groups;
                 settle_rows(of, int(least(x.rows, x.count - first)), memory.totals + first * STRIP);
             }
             i += count;
         }
     }
 
-    // Sums of the strips, [count][strip], in each [together][row of x], and what they are scaled by.
+    // `count` tiles of sums of each strip, [groups][row of x] in each, and what they are scaled by.
+    template <int STREAMS>
     struct Settled {
-        const float *scales[STRIPS], *shifts[STRIPS];  // of the first group
-        const float *of_x, *sums;                      // the former: sums of x over the first group
-        int64_t of_x_stride, sums_stride, group_stride, totals_stride, count;
-        int together;
+        const float *scales[STREAMS], *shifts[STREAMS];  // of the first group
+        const float *of_x, *sums;                        // the former: sums of x over the first group
+        int64_t of_x_stride, group_stride, totals_stride, count;
+        int groups;
     };
-    inline void settle_rows(const Settled& of, int rows, float* totals) const {
+    template <int STREAMS>
+    inline void settle_rows(const Settled<STREAMS>& of, int rows, float* totals) const {
         switch (shift_of(*call.plan)) {
             case Shift::none: return settle_all<Shift::none>(of, rows, totals);
             case Shift::zero: return settle_all<Shift::zero>(of, rows, totals);
             case Shift::minimum: return settle_all<Shift::minimum>(of, rows, totals);
         }
     }
-    template <Shift SHIFT>
-    static void settle_all(const Settled& of, int rows, float* totals) {
+    template <Shift SHIFT, int STREAMS>
+    static void settle_all(const Settled<STREAMS>& of, int rows, float* totals) {
         int m = 0;
         for (; m + 4 <= rows; m += 4) settle_some<SHIFT, 4>(of, m, totals);
         if (rows & 2) settle_some<SHIFT, 2>(of, m, totals), m += 2;
         if (rows & 1) settle_some<SHIFT, 1>(of, m, totals);
     }
-    // ROWS rows of x from row m on. A sum waits for the one before: those of both strips do so together.
-    template <Shift SHIFT, int ROWS>
-    static QUANTLIB_INLINE void settle_some(const Settled& of, int m, float* totals) {
-        Floats total[STRIPS][ROWS];
+    // ROWS rows of x from row m on. A sum waits for the one before: those of all strips do so together.
+    template <Shift SHIFT, int ROWS, int STREAMS>
+    static QUANTLIB_INLINE void settle_some(const Settled<STREAMS>& of, int m, float* totals) {
+        Floats total[STREAMS][ROWS];
         totals += m * STRIP;
-#pragma GCC unroll 2
-        for (int s = 0; s < STRIPS; ++s) {
+#pragma GCC unroll 4
+        for (int s = 0; s < STREAMS; ++s) {
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; ++r) total[s][r] = load(totals + s * of.totals_stride + r * STRIP);
         }
         const float *of_x = of.of_x + m, *sums = of.sums + m * STRIP;
         int64_t place = 0;
-        for (int64_t i = 0; i < of.count; ++i, sums += of.sums_stride) {
+        for (int64_t i = 0; i < of.count; ++i, sums += SUM_TILES * TILE_FLOATS) {
             const float* from = sums;
-            for (int g = 0; g < of.together; ++g, from += of.group_stride, place += STRIP, of_x += of.of_x_stride) {
-#pragma GCC unroll 2
-                for (int s = 0; s < STRIPS; ++s) {
+            for (int g = 0; g < of.groups; ++g, from += of.group_stride, place += STRIP, of_x += of.of_x_stride) {
+#pragma GCC unroll 4
+                for (int s = 0; s < STREAMS; ++s) {
                     const Floats scale = load(of.scales[s] + place), shift = SHIFT == Shift::none ? zero() : load(of.shifts[s] + place);
 #pragma GCC unroll 4
                     for (int r = 0; r < ROWS; ++r) {
@@ -246,8 +224,8 @@ struct AmxStrip {
                 }
             }
         }
-#pragma GCC unroll 2
-        for (int s = 0; s < STRIPS; ++s) {
+#pragma GCC unroll 4
+        for (int s = 0; s < STREAMS; ++s) {
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; ++r) store(totals + s * of.totals_stride + r * STRIP, total[s][r]);
         }
@@ -259,7 +237,7 @@ inline bool amx_strip(const Joined<LinearCall>& joined) {
     const Plan& plan = *first.plan;
     const int64_t rows = rows_of(joined);
     if (first.m == 0 || rows == 0) return true;
-    const StripNumbers numbers(plan);
+    const StripNumbers numbers(plan, SCALE_BYTES);
     const StripTiles tiles(numbers.group() / EIGHTH, eighths_of(plan));
     const bool numbers_alone = finite(plan);
     const bool needs_sums = shift_of(plan) != Shift::none;

@@ -41,39 +41,38 @@ class TileRegisters {
     TileRegisters& operator=(const TileRegisters&) = delete;
 };
 
-// The registers of sums as two pairs, 0 and 1, 2 and 3, whose one factor is register 4 or 5; the other are 6 and 7. Registers are numbers
-// that the compiler must see.
-template <int PAIR>
+// All four registers of sums, to or from whole tiles one behind the other.
 QUANTLIB_INLINE void zero_sums() {
-    if constexpr (PAIR == 0) {
-        _tile_zero(0);
-        _tile_zero(1);
-    } else {
-        _tile_zero(2);
-        _tile_zero(3);
-    }
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
 }
-template <int PAIR>
-QUANTLIB_INLINE void load_factor(const uint16_t* tile, int64_t row_bytes) {
-    if constexpr (PAIR == 0) _tile_loadd(4, tile, row_bytes);
-    else _tile_loadd(5, tile, row_bytes);
-}
-template <int PAIR, int SUM>
-QUANTLIB_INLINE void add_products() {
-    if constexpr (PAIR == 0 && SUM == 0) _tile_dpbf16ps(0, 4, 6);
-    if constexpr (PAIR == 0 && SUM == 1) _tile_dpbf16ps(1, 4, 7);
-    if constexpr (PAIR == 1 && SUM == 0) _tile_dpbf16ps(2, 5, 6);
-    if constexpr (PAIR == 1 && SUM == 1) _tile_dpbf16ps(3, 5, 7);
-}
-// Two whole tiles, one behind the other.
-template <int PAIR>
 QUANTLIB_INLINE void store_sums(float* to) {
-    if constexpr (PAIR == 0) {
-        _tile_stored(0, to, TILE * 4);
-        _tile_stored(1, to + TILE_FLOATS, TILE * 4);
+    _tile_stored(0, to, TILE * 4);
+    _tile_stored(1, to + TILE_FLOATS, TILE * 4);
+    _tile_stored(2, to + 2 * TILE_FLOATS, TILE * 4);
+    _tile_stored(3, to + 3 * TILE_FLOATS, TILE * 4);
+}
+// Add to them AS tiles a, `apart_in_a` words apart, times 4 / AS tiles b, one behind the other: [a][b].
+template <int AS>
+QUANTLIB_INLINE void add_products(const uint16_t* a, int64_t apart_in_a, const uint16_t* b) {
+    static_assert(AS == 1 || AS == 2);
+    written(b);
+    _tile_loadd(4, a, WORDS * 2);
+    _tile_loadd(6, b, WORDS * 2);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + TILE_WORDS, WORDS * 2);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (AS == 1) {
+        _tile_loadd(6, b + 2 * TILE_WORDS, WORDS * 2);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_loadd(7, b + 3 * TILE_WORDS, WORDS * 2);
+        _tile_dpbf16ps(3, 4, 7);
     } else {
-        _tile_stored(2, to, TILE * 4);
-        _tile_stored(3, to + TILE_FLOATS, TILE * 4);
+        _tile_loadd(5, a + apart_in_a, WORDS * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
     }
 }
 

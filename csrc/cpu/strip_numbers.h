@@ -10,15 +10,16 @@ namespace quantlib::cpu::QUANTLIB_ISA {
 // that were expanded row by row.
 class StripNumbers {
   public:
-    explicit StripNumbers(const Plan& plan)
-        : plan_(plan), parts_(plan), direct_(reads(plan)), group_(group_of(plan)), groups_(groups_of(plan)),
+    // `bytes`: of each row that are read at a time, 16 to 64. Codes of scales of scales are taken 64 at a time all the same.
+    explicit StripNumbers(const Plan& plan, int64_t bytes = MOST_GROUPS)
+        : plan_(plan), parts_(plan), direct_(reads(plan)), group_(group_of(plan)), groups_(groups_of(plan, bytes)),
           expanded_(plan, columns(plan), STRIP) {}
     // Columns that are multiplied: of stored ones behind column k no more than row by row.
     static int64_t columns(const Plan& plan) { return least(plan.padded_k, round_up(plan.k, 128)); }
 
     const Plan& plan() const { return plan_; }
     int64_t group() const { return group_; }    // columns
-    int64_t groups() const { return groups_; }  // at a time, of a strip
+    int64_t groups() const { return groups_; }  // at a time, of a strip: a power of two, at least eight
     int64_t groups_across() const { return (columns(plan_) + group_ - 1) / group_; }
     // What a run of groups that are read may begin at a multiple of: whole words of every row, whole second-level scales.
     int64_t whole_groups() const { return plan_.scale == ScaleKind::super && direct_ ? 32 : few_groups(); }
@@ -159,10 +160,10 @@ class StripNumbers {
     static int64_t group_of(const Plan& plan) {
         return reads(plan) && plan.block_cols > 0 && plan.block_cols <= WIDEST_BLOCK ? plan.block_cols : plan.span_piece;
     }
-    // What 64 bytes of a row hold.
-    static int64_t groups_of(const Plan& plan) {
+    static int64_t groups_of(const Plan& plan, int64_t bytes) {
         if (!reads(plan)) return LANES;
-        return plan.scale == ScaleKind::number ? MOST_GROUPS / item_size(plan.scale_dtype) : MOST_GROUPS;
+        if (plan.scale == ScaleKind::super) return MOST_GROUPS;
+        return plan.scale == ScaleKind::number ? most(8, bytes / item_size(plan.scale_dtype)) : bytes;
     }
     // Whether numbers are read from their bytes.
     static bool reads(const Plan& plan) {
