@@ -67,7 +67,7 @@ struct AmxStrip {
         const int64_t strips = (stop - start + STRIP - 1) / STRIP, part = (strips + STREAMS - 1) / STREAMS;
         for (int64_t i = 0; i < part; ++i) {
             const int there = int(least(STREAMS, (strips - i + part - 1) / part));
-            const auto row = [&](int s) { return start + least(i + s * part, strips - 1) * STRIP; };
+            const auto row = [&](int s) { return start + (i + (s < there ? s : 0) * part) * STRIP; };
             const Planes strip[SUM_TILES] = {whole.planes(row(0)), whole.planes(row(1)), whole.planes(row(2)), whole.planes(row(3))};
             for (int s = 0; s < there; ++s) of_strip[s].begin(call.parts, row(s), least(STRIP, plan.n - row(s)));
             for (int64_t j = 0; j < there * x.count; ++j) store(memory.totals + j * STRIP, zero());
@@ -109,7 +109,9 @@ struct AmxStrip {
                 if (u > 0 && (u - 1) * UNIT + i < count) {
                     const StripTile tile = multiplied[i];
                     if (tile.begins) zero_sums();
-                    add_products<BESIDE>(x.words + tile.words, x.lanes_words, from);
+                    written(from);
+                    if constexpr (BESIDE == 1) add_row_of_products(x.words + tile.words, from);
+                    else add_products<BESIDE, STREAMS>(x.words + tile.words, x.lanes_words, WORDS * 2, from, TILE_WORDS, WORDS * 2);
                     if (tile.ends) waiting = memory.sums + made.at(made.count++);
                 }
             }

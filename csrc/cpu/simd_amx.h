@@ -41,7 +41,7 @@ class TileRegisters {
     TileRegisters& operator=(const TileRegisters&) = delete;
 };
 
-// All four registers of sums, to or from whole tiles one behind the other.
+// All four registers of sums, stored as whole tiles one behind the other.
 QUANTLIB_INLINE void zero_sums() {
     _tile_zero(0);
     _tile_zero(1);
@@ -54,26 +54,30 @@ QUANTLIB_INLINE void store_sums(float* to) {
     _tile_stored(2, to + 2 * TILE_FLOATS, TILE * 4);
     _tile_stored(3, to + 3 * TILE_FLOATS, TILE * 4);
 }
-// Add to them AS tiles a, `apart_in_a` words apart, times 4 / AS tiles b, one behind the other: [a][b].
-template <int AS>
-QUANTLIB_INLINE void add_products(const uint16_t* a, int64_t apart_in_a, const uint16_t* b) {
-    static_assert(AS == 1 || AS == 2);
-    written(b);
-    _tile_loadd(4, a, WORDS * 2);
-    _tile_loadd(6, b, WORDS * 2);
+// Add to sums [a][b] the products of one or two tiles of a and of b: words to the second, bytes from row to row. Registers are numbers that
+// the compiler must see: sums 0-3, a 4-5, b 6-7.
+template <int AS, int BS>
+QUANTLIB_INLINE void add_products(const uint16_t* a, int64_t second_a, int64_t row_a, const uint16_t* b, int64_t second_b, int64_t row_b) {
+    _tile_loadd(4, a, row_a);
+    _tile_loadd(6, b, row_b);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b + TILE_WORDS, WORDS * 2);
-    _tile_dpbf16ps(1, 4, 7);
-    if constexpr (AS == 1) {
-        _tile_loadd(6, b + 2 * TILE_WORDS, WORDS * 2);
-        _tile_dpbf16ps(2, 4, 6);
-        _tile_loadd(7, b + 3 * TILE_WORDS, WORDS * 2);
-        _tile_dpbf16ps(3, 4, 7);
-    } else {
-        _tile_loadd(5, a + apart_in_a, WORDS * 2);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+    if constexpr (BS == 2) {
+        _tile_loadd(7, b + second_b, row_b);
+        _tile_dpbf16ps(1, 4, 7);
     }
+    if constexpr (AS == 2) {
+        _tile_loadd(5, a + second_a, row_a);
+        _tile_dpbf16ps(2, 5, 6);
+    }
+    if constexpr (AS == 2 && BS == 2) _tile_dpbf16ps(3, 5, 7);
+}
+// The products of one tile and of four that lie one behind the other.
+QUANTLIB_INLINE void add_row_of_products(const uint16_t* a, const uint16_t* b) {
+    add_products<1, 2>(a, 0, WORDS * 2, b, TILE_WORDS, WORDS * 2);
+    _tile_loadd(6, b + 2 * TILE_WORDS, WORDS * 2);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_loadd(7, b + 3 * TILE_WORDS, WORDS * 2);
+    _tile_dpbf16ps(3, 4, 7);
 }
 
 // Where the tiles of a factor lie, in words: from one to the next that it is summed over, to the second that is multiplied beside
@@ -91,7 +95,6 @@ struct TileSums {
 
 template <bool NEW, int AS, int BS>
 void multiply_tiles(const TileRows& a, const TileRows& b, int64_t count, const TileSums& to) {
-    // Registers are numbers that the compiler must see: sums 0-3, a 4-5, b 6-7.
     const int64_t a_row = a.row * 2, b_row = b.row * 2, sums_row = to.row * 4;
     float *const sums = to.floats, *const right = sums + to.apart_in_b;
     float *const lower = sums + to.apart_in_a, *const last = lower + to.apart_in_b;
@@ -109,18 +112,7 @@ void multiply_tiles(const TileRows& a, const TileRows& b, int64_t count, const T
         if constexpr (AS == 2 && BS == 2) _tile_loadd(3, last, sums_row);
     }
     for (int64_t i = 0; i < count; ++i, from_a += a.next, from_b += b.next) {
-        _tile_loadd(4, from_a, a_row);
-        _tile_loadd(6, from_b, b_row);
-        _tile_dpbf16ps(0, 4, 6);
-        if constexpr (BS == 2) {
-            _tile_loadd(7, from_b + b.second, b_row);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        if constexpr (AS == 2) {
-            _tile_loadd(5, from_a + a.second, a_row);
-            _tile_dpbf16ps(2, 5, 6);
-        }
-        if constexpr (AS == 2 && BS == 2) _tile_dpbf16ps(3, 5, 7);
+        add_products<AS, BS>(from_a, a.second, a_row, from_b, b.second, b_row);
     }
     _tile_stored(0, sums, sums_row);
     if constexpr (BS == 2) _tile_stored(1, right, sums_row);
